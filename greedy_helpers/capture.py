@@ -1,0 +1,113 @@
+"""Running a model block by block and reading what its linears see. The only file with hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .structure import blocks_of
+
+
+class _Reached(Exception):
+    """Everything asked for has been seen; the rest of the forward pass is not needed."""
+
+
+class BlockStream:
+    """Hidden states in front of one block, carried from block to block.
+
+    Pruning goes through the blocks once. Instead of running the whole model for every module (O(depth^2) block
+    passes) the hidden states [batch, seq, d] of all calibration tokens are kept and moved on with
+    :meth:`advance`, so each block runs a constant number of times. What transformers passes to a block besides the
+    hidden states (masks, rotary embeddings) is recorded per block and replayed: no family needs code here.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, batch_size: int = 16) -> None:
+        """`tokens`: long [n, seq]. Runs the model once up to its first block, and once in full per batch shape."""
+        self._extra: dict[tuple[int, int], list[tuple[tuple, dict[str, Any]]]] = {}  # batch -> per-block arguments
+        self.hidden: list[Tensor] = []
+        blocks = blocks_of(model)
+        for batch in tokens.split(batch_size):
+            batch = batch.to(model.device)
+            known = batch.shape in self._extra
+            with _recording_arguments(blocks[:1] if known else blocks) as calls, torch.no_grad():
+                try:
+                    model(input_ids=batch, use_cache=False)
+                except _Reached:
+                    pass
+            self.hidden.append(calls[0][0][0])
+            if not known:
+                self._extra[batch.shape] = [(args[1:], kwargs) for args, kwargs in calls]
+
+    def share(self) -> BlockStream:
+        """A second stream over the same hidden states; advancing one leaves the other where it is."""
+        twin = object.__new__(BlockStream)
+        twin._extra, twin.hidden = self._extra, list(self.hidden)
+        return twin
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int) -> Iterator[Tensor]:
+        """The block's outputs [batch, seq, d], one batch at a time, with `block` in the place of block `index`."""
+        for hidden in self.hidden:
+            args, kwargs = self._extra[hidden.shape[:2]][index]
+            output = block(hidden, *args, **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Move the hidden states behind the block."""
+        self.hidden = list(self.run(block, index))
+
+    def inputs(self, block: nn.Module, index: int, linear: nn.Module) -> Iterator[Tensor]:
+        """What `linear` (inside `block`) reads: [batch * seq, d_in], one batch at a time.
+
+        The forward pass stops there; nothing behind the linear is computed.
+        """
+        for hidden in self.hidden:
+            args, kwargs = self._extra[hidden.shape[:2]][index]
+            with _stopping_at(linear) as seen, torch.no_grad():
+                try:
+                    block(hidden, *args, **kwargs)
+                except _Reached:
+                    pass
+            if not seen:
+                raise RuntimeError(f"block {index} never ran the linear {linear} that was watched")
+            yield seen[0].flatten(0, -2)
+
+
+@contextmanager
+def _recording_arguments(blocks: Iterable[nn.Module]) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
+    """Collects each block's (args, kwargs); the pass stops at the last of them."""
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+    blocks = list(blocks)
+
+    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+        if len(calls) == len(blocks):
+            raise _Reached
+
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _stopping_at(linear: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the linear's input and stops the pass there."""
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(args[0])
+        raise _Reached
+
+    handle = linear.register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()

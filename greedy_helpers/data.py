@@ -1,0 +1,275 @@
+"""Text to calibrate on and to evaluate on, as packed windows of token ids.
+
+The default text needs no network: it is the Python on the reader's own machine. The standard
+library's source is the domain `"code"`, the language reference in `pydoc_data.topics` the domain
+`"prose"`. A fixed hash of each module's path decides what is held out, so every interpreter agrees on
+the split, and the embedded models never saw the `"test"` split of either domain.
+
+Every source is named by one string:
+
+| source                               | what it is                                                     |
+|--------------------------------------|----------------------------------------------------------------|
+| `"code"`, `"prose"`                  | the two domains of :func:`python_corpus`                         |
+| `"org/dataset"`, `"org/dataset:cfg"` | a Hugging Face dataset, e.g. `"Salesforce/wikitext:wikitext-2-raw-v1"` |
+| a path ending in .txt .md .jsonl .csv .parquet | a local file, split by a hash of each paragraph or row |
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "test"]
+WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"  # the parquet repo; script datasets no longer load
+
+_HELD_OUT_ONE_IN = 10
+# Not prose, not code anybody would want continued: tests, generated tables, vendored wheels, grammars,
+# and pydoc_data, whose topics are the held-out prose itself.
+_SKIPPED_FOLDERS = frozenset(
+    "test tests idle_test site-packages dist-packages __pycache__ encodings pydoc_data lib2to3 _bundled "
+    "turtledemo".split()
+)
+_MIN_CHARACTERS = 200  # shorter files are little more than an import line
+_LOCAL_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a document belongs to the test split: a fixed hash of its name, the same on every machine.
+
+    One name in ten is held out. For the standard library `name` is the module's posix path below the
+    library's root (`"json/decoder.py"`), for local files it is the text itself.
+    """
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0
+
+
+def python_corpus(split: Split, domain: Literal["code", "prose"] = "code") -> Dataset:
+    """The running interpreter's own text: a Dataset with the columns `name` and `text`.
+
+    | domain  | train                                              | test                              |
+    |---------|----------------------------------------------------|-----------------------------------|
+    | `code`  | source of nine in ten modules of the standard library | source of the held-out modules    |
+    | `prose` | docstrings of those training modules               | `pydoc_data.topics`, the language reference |
+
+    One document per module (or topic), in a fixed order. The split depends on module paths only, so two
+    Python versions differ in the text of a module but never in its side.
+
+    Raises:
+        ValueError: `split` or `domain` is not one of the above.
+        FileNotFoundError: the interpreter has no standard library in source form (a zipped or frozen one).
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"python_corpus: expected split 'train' or 'test', found {split!r}")
+    if domain not in ("code", "prose"):
+        raise ValueError(f"python_corpus: expected domain 'code' or 'prose', found {domain!r}")
+    if domain == "prose" and split == "test":
+        from pydoc_data.topics import topics
+
+        documents = sorted(topics.items())
+    else:
+        documents = [(name, text) for name, text in _standard_library() if is_held_out(name) == (split == "test")]
+        if domain == "prose":
+            documents = [(name, prose) for name, text in documents if (prose := docstrings(text))]
+    return Dataset.from_dict({"name": [name for name, _ in documents], "text": [text for _, text in documents]})
+
+
+@lru_cache(maxsize=1)
+def _standard_library() -> tuple[tuple[str, str], ...]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            with tokenize.open(path) as file:  # honours the PEP 263 encoding line
+                text = file.read()
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            continue
+        if len(text) >= _MIN_CHARACTERS:
+            found.append((relative.as_posix(), text))
+    if not found:
+        raise FileNotFoundError(
+            f"python_corpus: expected the standard library's .py files below {root}, found none; "
+            "name another text source, e.g. a local .txt file"
+        )
+    return tuple(found)
+
+
+def docstrings(source: str, min_characters: int = 80) -> str:
+    """All docstrings of at least `min_characters` of one module's source, in order, blank lines between.
+
+    Source that does not parse (written for another Python) has none: the result is `""`.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
+    return "\n\n".join(text for text in found if text and len(text) >= min_characters)
+
+
+def documents(source: str = "code", split: Split = "train", column: str = "text") -> Dataset:
+    """The documents of any source as a Dataset with a column `text` (see the table at the top of this file).
+
+    WikiText's rows are lines; they are joined with blank lines into one document, the convention behind
+    every published WikiText-2 perplexity. Local files have no split of their own: a paragraph or row is
+    held out when :func:`is_held_out` says so of its text.
+
+    Raises:
+        ValueError: the source has no such column, or nothing is left on that side of the split.
+        FileNotFoundError: a local path that does not exist.
+        ConnectionError: a Hub dataset that is neither cached nor reachable.
+    """
+    if source in ("code", "prose"):
+        return python_corpus(split, source)
+    if Path(source).suffix in _LOCAL_FORMATS:
+        return _local_documents(Path(source), split, column)
+    path, _, config = source.partition(":")
+    try:
+        dataset = load_dataset(path, config or None, split=split)
+    except Exception as error:  # datasets raises a different class for each way of being offline
+        raise ConnectionError(
+            f"documents: could not load the dataset {source!r}, split {split!r} ({type(error).__name__}: {error}). "
+            "Expected 'code', 'prose', a local .txt/.md/.jsonl/.csv/.parquet file, or a Hub dataset that is "
+            "cached or reachable; offline, 'code' and 'prose' always work"
+        ) from error
+    _require_column(dataset, column, source)
+    if "wikitext" in source:
+        return Dataset.from_dict({"text": ["\n\n".join(dataset[column])]})
+    return dataset.rename_column(column, "text") if column != "text" else dataset
+
+
+def _local_documents(path: Path, split: Split, column: str) -> Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"documents: expected a text file at {path}, found nothing there")
+    builder = _LOCAL_FORMATS[path.suffix]
+    options = {"sample_by": "paragraph"} if builder == "text" else {}
+    dataset = load_dataset(builder, data_files=str(path), split="train", **options)
+    column = "text" if builder == "text" else column
+    _require_column(dataset, column, str(path))
+    texts = [text for text in dataset[column] if text and is_held_out(text) == (split == "test")]
+    if not texts:
+        raise ValueError(f"documents: {path} has {len(dataset)} paragraphs or rows, none of them in split {split!r}")
+    return Dataset.from_dict({"text": texts})
+
+
+def _require_column(dataset: Dataset, column: str, source: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(f"documents: expected a column {column!r} in {source!r}, found {dataset.column_names}")
+
+
+def pack(token_ids: Iterable[list[int]], seq: int, separator: int | None = None) -> tuple[Tensor, Tensor]:
+    """Cut documents of token ids into windows without padding and without losing a token.
+
+    The documents are laid end to end, each preceded by `separator` (if given), and cut every `seq` tokens.
+    Padding would put positions into the calibration statistics that no reader ever writes.
+
+    Returns:
+        windows: long [n, seq].
+        rest: long [r], r < seq: the tokens after the last full window. `windows.flatten()` followed by
+            `rest` is the whole stream.
+    """
+    if seq < 2:
+        raise ValueError(f"pack: expected windows of at least 2 tokens, found seq={seq}")
+    parts = []
+    for ids in token_ids:
+        parts.append(torch.tensor(([] if separator is None else [separator]) + list(ids), dtype=torch.long))
+    stream = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    n = len(stream) // seq
+    return stream[: n * seq].view(n, seq), stream[n * seq :]
+
+
+def _packed_windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], seq: int, enough: int | None = None
+) -> Tensor:
+    """Windows [n, seq] of tokenized texts; stops reading once `enough` tokens are there."""
+
+    def token_ids() -> Iterator[list[int]]:
+        seen, batch = 0, []
+        for text in texts:
+            batch.append(text)
+            if len(batch) < 32:
+                continue
+            for ids in _tokenize(tokenizer, batch):
+                seen += len(ids) + 1
+                yield ids
+            batch = []
+            if enough is not None and seen >= enough:
+                return
+        if batch:
+            yield from _tokenize(tokenizer, batch)
+
+    windows, _ = pack(token_ids(), seq, separator_id(tokenizer))
+    return windows
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # verbose=False: documents are meant to be longer than the model's context; pack() cuts them.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token between packed documents: end-of-text where the tokenizer has one, else beginning-of-text."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+
+
+def calibration_tokens(
+    tokenizer: PreTrainedTokenizerBase, n: int = 128, seq: int = 128, source: str = "code", seed: int = 0
+) -> Tensor:
+    """`n` random windows of the training split: long [n, seq] on the CPU.
+
+    The documents are shuffled by `seed`, read until they hold sixteen times the tokens asked for (or all of
+    them are read), packed, and `n` windows are drawn without replacement. The paper uses n=16 for its
+    criterion and n=1024 for its reconstruction, at seq=128 (LLaMA) or 1024 (GPT-2).
+
+    Raises:
+        ValueError: the source holds fewer than `n` windows of `seq` tokens.
+    """
+    if n < 1:
+        raise ValueError(f"calibration_tokens: expected at least 1 window, found n={n}")
+    generator = torch.Generator().manual_seed(seed)
+    texts = documents(source, "train")["text"]
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    windows = _packed_windows(tokenizer, (texts[i] for i in order), seq, enough=16 * n * seq)
+    if len(windows) < n:
+        raise ValueError(
+            f"calibration_tokens: expected {n} windows of {seq} tokens from {source!r}, found {len(windows)}; "
+            "ask for fewer or shorter windows or name a larger source"
+        )
+    return windows[torch.randperm(len(windows), generator=generator)[:n]]
+
+
+def evaluation_tokens(
+    tokenizer: PreTrainedTokenizerBase, n: int | None = None, seq: int = 256, source: str = "code"
+) -> Tensor:
+    """Windows of the held-out split: long [n, seq] on the CPU.
+
+    All windows, or `n` of them evenly spaced over the split (always the same ones: comparing two models
+    on different windows would measure the windows).
+
+    Raises:
+        ValueError: the source holds fewer than `n` windows of `seq` tokens.
+    """
+    windows = _packed_windows(tokenizer, documents(source, "test")["text"], seq)
+    available = len(windows)
+    if available < (n or 1) or (n is not None and n < 1):
+        raise ValueError(
+            f"evaluation_tokens: expected {n or 'at least 1'} windows of {seq} tokens in the held-out split of "
+            f"{source!r}, found {available}"
+        )
+    if n is None:
+        return windows
+    return windows[torch.arange(n) * available // n]

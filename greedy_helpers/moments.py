@@ -1,0 +1,65 @@
+"""Second moments of activations, accumulated batch by batch: everything a score or a refit needs to know."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Streaming X'X, X'Y, their sums and Y's energy over all tokens seen so far (uncentred).
+
+    Products are taken in the wider of float32 and the data's dtype and summed in float64, so neither the
+    batch size nor float16 activations change the result beyond rounding. Nothing of size [tokens, d] is kept.
+
+    Attributes:
+        n: tokens seen.
+        xx: float64 [d_x, d_x], sum of x x'.
+        xy: float64 [d_x, d_y], sum of x y'.
+        x, y: float64 [d_x], [d_y], sums of x and y.
+        yy: float64 scalar, sum of ||y||^2.
+    """
+
+    def __init__(self, name: str = "input") -> None:
+        self.name, self.n = name, 0
+        self.xx = self.xy = self.x = self.y = self.yy = None
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens: x [tokens, d_x], y [tokens, d_y].
+
+        Raises:
+            FloatingPointError: x or y holds NaN or Inf; the layer is named.
+        """
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, y = x.to(dtype), y.to(dtype)
+        parts = {"xx": x.T @ x, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "yy": y.square().sum()}
+        # One NaN or Inf anywhere in x or y reaches the squares, so two small checks replace two large ones.
+        if not (parts["xx"].diagonal().isfinite().all() and parts["yy"].isfinite()):
+            where = "activations" if not x.isfinite().all() else "target outputs"
+            raise FloatingPointError(f"{self.name}: NaN or Inf in the {where} after {self.n} tokens")
+        self.n += len(x)
+        for key, part in parts.items():
+            total = getattr(self, key)
+            setattr(self, key, part.double() if total is None else total + part)
+
+    def select(self, channels: Tensor) -> Moments:
+        """The moments of some of x's channels (long [k]): what a new pass over the cut module would find."""
+        found = Moments(self.name)
+        channels = channels.to(self.xx.device)
+        found.n, found.y, found.yy = self.n, self.y, self.yy
+        found.xx, found.xy, found.x = self.xx[channels][:, channels], self.xy[channels], self.x[channels]
+        return found
+
+    @property
+    def mean_square(self) -> Tensor:
+        """E[x_j^2], float64 [d_x]."""
+        return self.xx.diagonal() / self.n
+
+    def relative_error(self, weight: Tensor, bias: Tensor | None = None) -> float:
+        """||Y - X W' - b||^2 / ||Y||^2 of a layer with `weight` [d_y, d_x] and `bias` [d_y], from the moments alone."""
+        weight = weight.to(self.xx)
+        error = self.yy + torch.trace(weight @ self.xx @ weight.T) - 2 * (weight.T * self.xy).sum()
+        if bias is not None:
+            bias = bias.to(self.xx)
+            error = error + self.n * bias.square().sum() + 2 * bias @ (weight @ self.x) - 2 * bias @ self.y
+        return max(0.0, (error / self.yy).item()) if self.yy > 0 else 0.0

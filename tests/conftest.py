@@ -1,0 +1,74 @@
+"""Shared fixtures: tiny random models of both families; and what nbval needs to run the notebooks."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the whole suite runs without a network
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 96
+TINY = ("llama", "llama-gqa", "gpt2")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if hasattr(item, "output_timeout"):
+            item.output_timeout = 120  # nbval waits a hard-coded 5 s for outputs: too short on a busy machine
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float64):
+    """Two blocks, width 48, weights large enough that a wrong channel shows: random biases and norms too."""
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_inner=80, n_positions=64, initializer_range=0.2,
+            resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2 if name == "llama-gqa" else 4, head_dim=12, max_position_embeddings=64,
+            initializer_range=0.2, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter)) if "bias" in parameter_name else parameter.uniform_(0.7, 1.3)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(params=TINY)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def state_of(model) -> dict:
+    """Everything a failed call must leave as it was: weights, and the sizes beside them."""
+    return {
+        "weights": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+        "sizes": {
+            f"{name}.{key}": value
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, int | float)
+        },
+    }
+
+
+def assert_untouched(model, before: dict) -> None:
+    after = state_of(model)
+    assert after["sizes"] == before["sizes"]
+    assert after["weights"].keys() == before["weights"].keys()
+    for name, weight in before["weights"].items():
+        torch.testing.assert_close(after["weights"][name], weight, rtol=0, atol=0, equal_nan=True, msg=name)

@@ -1,0 +1,62 @@
+"""Layouts turn into channel tables; the tables fit the models."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import BertConfig, BertModel
+
+from greedy_helpers import UnknownFamily, depth2_modules, set_weight, weight_of
+from greedy_helpers.structure import channel_index
+
+
+def test_channel_index_by_hand():
+    assert channel_index("unit", 3).tolist() == [[0], [1], [2]]
+    assert channel_index("kv dim", 6, dim=2).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert channel_index("kv group dim", 8, group=2, dim=2).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    fused = channel_index("kv dim | kv dim | kv dim", 12, dim=2).tolist()
+    assert fused == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+
+
+@pytest.mark.parametrize("n_channels", [0, 7])
+def test_channels_that_do_not_factor(n_channels):
+    with pytest.raises(ValueError, match=f"q_proj: expected a positive multiple of 4 channels .* found {n_channels}"):
+        channel_index("kv group dim", n_channels, "q_proj", group=2, dim=2)
+
+
+def test_modules_of_each_family(model):
+    modules = depth2_modules(model)
+    assert [module.block for module in modules] == [0, 0, 1, 1]
+    heads = {"llama": model.config.num_attention_heads, "gpt2": 4}[model.config.model_type]
+    if getattr(model.config, "num_key_value_heads", heads) < heads:
+        heads = model.config.num_key_value_heads
+    assert [module.n_units for module in modules] == [heads, 80, heads, 80]
+    for module in modules:
+        for group in module.groups:  # every channel belongs to exactly one unit
+            n_channels = weight_of(group.linear).shape[0 if group.side == "out" else 1]
+            assert torch.equal(torch.sort(group.index.flatten()).values, torch.arange(n_channels))
+            assert model.get_submodule(group.path) is group.linear
+
+
+def test_some_blocks_only():
+    model = tiny_model("llama")
+    assert {module.block for module in depth2_modules(model, [1])} == {1}
+    with pytest.raises(IndexError, match=r"expected blocks in \[0, 2\), found 2"):
+        depth2_modules(model, [2])
+
+
+def test_unknown_family_is_refused_by_name():
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    with pytest.raises(UnknownFamily, match=r"'bert'; known: gpt2, llama.*families\.py"):
+        depth2_modules(BertModel(config))
+
+
+def test_set_weight_checks_before_it_changes():
+    linear = torch.nn.Linear(3, 2, bias=False)
+    before = linear.weight
+    with pytest.raises(ValueError, match="no bias"):
+        set_weight(linear, torch.zeros(2, 3), torch.zeros(2))
+    assert linear.weight is before
+    linear = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"expected a bias of shape \[4\], found \[2\]"):
+        set_weight(linear, torch.zeros(4, 3))
+    assert linear.out_features == 2
