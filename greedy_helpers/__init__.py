@@ -5,13 +5,22 @@ In the order of the method: load a model, get text, find the structure, score, c
 
 from .allocation import keep_top
 from .capture import BlockStream
-from .checkpoint import EMBEDDED, disk_bytes, load_model, save_model
+from .checkpoint import disk_bytes, load_model, save_model
 from .criteria import Criterion, Seen, random_scores, second_moment, weight_norm
-from .data import WIKITEXT2, calibration_tokens, documents, evaluation_tokens, pack, python_corpus
+from .data import (
+    EMBEDDED,
+    WIKITEXT2,
+    calibration_tokens,
+    default_sources,
+    documents,
+    evaluation_tokens,
+    pack,
+    python_corpus,
+)
 from .evaluate import compare_latency, count_parameters, generate_text, perplexity
 from .families import FAMILIES, Family, ModuleLayout
 from .moments import Moments
-from .prune import PruneReport, PruneStep, paired_moments, prune
+from .prune import PruneReport, PruneStep, module_moments, prune
 from .reconstruct import least_squares, refit
 from .structure import ChannelGroup, Depth2Module, UnknownFamily, blocks_of, depth2_modules, set_weight, weight_of
 from .surgery import remove_units, undone_on_error, zero_units
@@ -37,6 +46,7 @@ __all__ = [
     "calibration_tokens",
     "compare_latency",
     "count_parameters",
+    "default_sources",
     "depth2_modules",
     "disk_bytes",
     "documents",
@@ -45,8 +55,8 @@ __all__ = [
     "keep_top",
     "least_squares",
     "load_model",
+    "module_moments",
     "pack",
-    "paired_moments",
     "perplexity",
     "prune",
     "python_corpus",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,33 +49,41 @@ class BlockStream:
         twin._extra, twin.hidden = self._extra, list(self.hidden)
         return twin
 
-    @torch.no_grad()
-    def run(self, block: nn.Module, index: int) -> Iterator[Tensor]:
-        """The block's outputs [batch, seq, d], one batch at a time, with `block` in the place of block `index`."""
+    def run(self, block: nn.Module, index: int, linears: Sequence[nn.Module] = ()) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Run `block` in the place of block `index`: its output [batch, seq, d], one batch at a time.
+
+        Beside each output stand the inputs of `linears` (inside the block), [batch * seq, d_in] each.
+        """
         for hidden in self.hidden:
-            args, kwargs = self._extra[hidden.shape[:2]][index]
-            output = block(hidden, *args, **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+            yield self._pass(block, index, hidden, linears, stop=False)
+
+    def inputs(self, block: nn.Module, index: int, linears: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+        """What `linears` (inside `block`, in order of execution) read: [batch * seq, d_in] each, batch by batch.
+
+        The forward pass stops at the last of them; nothing behind it is computed.
+        """
+        for hidden in self.hidden:
+            yield self._pass(block, index, hidden, linears, stop=True)[1]
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move the hidden states behind the block."""
-        self.hidden = list(self.run(block, index))
+        self.hidden = [output for output, _ in self.run(block, index)]
 
-    def inputs(self, block: nn.Module, index: int, linear: nn.Module) -> Iterator[Tensor]:
-        """What `linear` (inside `block`) reads: [batch * seq, d_in], one batch at a time.
-
-        The forward pass stops there; nothing behind the linear is computed.
-        """
-        for hidden in self.hidden:
-            args, kwargs = self._extra[hidden.shape[:2]][index]
-            with _stopping_at(linear) as seen, torch.no_grad():
-                try:
-                    block(hidden, *args, **kwargs)
-                except _Reached:
-                    pass
-            if not seen:
-                raise RuntimeError(f"block {index} never ran the linear {linear} that was watched")
-            yield seen[0].flatten(0, -2)
+    @torch.no_grad()
+    def _pass(
+        self, block: nn.Module, index: int, hidden: Tensor, linears: Sequence[nn.Module], stop: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        args, kwargs = self._extra[hidden.shape[:2]][index]
+        output = None
+        with _recording_inputs(linears, stop) as seen:
+            try:
+                output = block(hidden, *args, **kwargs)
+            except _Reached:
+                pass
+        if len(seen) < len(linears):
+            raise RuntimeError(f"block {index} ran {len(seen)} of the {len(linears)} linears that were watched")
+        output = output[0] if isinstance(output, tuple) else output
+        return output, [seen[linear].flatten(0, -2) for linear in linears]
 
 
 @contextmanager
@@ -98,16 +106,18 @@ def _recording_arguments(blocks: Iterable[nn.Module]) -> Iterator[list[tuple[tup
 
 
 @contextmanager
-def _stopping_at(linear: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the linear's input and stops the pass there."""
-    seen: list[Tensor] = []
+def _recording_inputs(linears: Sequence[nn.Module], stop: bool) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collects each linear's input; with `stop` the pass ends at the last of them."""
+    seen: dict[nn.Module, Tensor] = {}
 
-    def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
-        seen.append(args[0])
-        raise _Reached
+    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+        seen[module] = args[0]
+        if stop and module is linears[-1]:
+            raise _Reached
 
-    handle = linear.register_forward_pre_hook(hook)
+    handles = [linear.register_forward_pre_hook(hook) for linear in linears]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

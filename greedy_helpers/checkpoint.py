@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .data import EMBEDDED
 from .structure import depth2_modules
 from .surgery import remove_units
 
-EMBEDDED = ("llama-mini", "gpt2-mini")
 _PACKAGE = Path(__file__).resolve().parent
 # In a clone the models are in data/; an installed wheel carries them inside the package.
 _EMBEDDED_FOLDERS = (_PACKAGE / "embedded", _PACKAGE.parent / "data")
@@ -58,7 +59,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(place)
         loader = _loader_of_pruned(config) if getattr(config, "pruned_units", None) else AutoModelForCausalLM
         model = loader.from_pretrained(place, config=config, dtype=dtype)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if is_local:
             raise FileNotFoundError(f"load_model: {place} is not a complete model folder: {error}") from error
         raise FileNotFoundError(

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "test"]
+EMBEDDED = ("llama-mini", "gpt2-mini")  # the models in data/, trained on this file's own corpus
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"  # the parquet repo; script datasets no longer load
 
 _HELD_OUT_ONE_IN = 10
@@ -150,6 +151,13 @@ def documents(source: str = "code", split: Split = "train", column: str = "text"
     if "wikitext" in source:
         return Dataset.from_dict({"text": ["\n\n".join(dataset[column])]})
     return dataset.rename_column(column, "text") if column != "text" else dataset
+
+
+def default_sources(model_name: str) -> dict[str, str]:
+    """label -> source of the text to judge a model by: both Python domains for the embedded models, else WikiText-2."""
+    if model_name in EMBEDDED:
+        return {"code": "code", "prose": "prose"}
+    return {"WikiText-2": WIKITEXT2}
 
 
 def _local_documents(path: Path, split: Split, column: str) -> Dataset:

@@ -15,28 +15,31 @@ class Moments:
     Attributes:
         n: tokens seen.
         xx: float64 [d_x, d_x], sum of x x'.
-        xy: float64 [d_x, d_y], sum of x y'.
-        x, y: float64 [d_x], [d_y], sums of x and y.
-        yy: float64 scalar, sum of ||y||^2.
+        x: float64 [d_x], sum of x.
+        xy, y, yy: float64 [d_x, d_y], [d_y] and a scalar: sums of x y', y and ||y||^2; None without targets.
     """
 
     def __init__(self, name: str = "input") -> None:
         self.name, self.n = name, 0
         self.xx = self.xy = self.x = self.y = self.yy = None
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add tokens: x [tokens, d_x], y [tokens, d_y].
+    def update(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add tokens: x [tokens, d_x] and, if they have targets, y [tokens, d_y].
 
         Raises:
             FloatingPointError: x or y holds NaN or Inf; the layer is named.
         """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, y = x.to(dtype), y.to(dtype)
-        parts = {"xx": x.T @ x, "xy": x.T @ y, "x": x.sum(0), "y": y.sum(0), "yy": y.square().sum()}
+        x = x.to(dtype)
+        parts = {"xx": x.T @ x, "x": x.sum(0)}
         # One NaN or Inf anywhere in x or y reaches the squares, so two small checks replace two large ones.
-        if not (parts["xx"].diagonal().isfinite().all() and parts["yy"].isfinite()):
-            where = "activations" if not x.isfinite().all() else "target outputs"
-            raise FloatingPointError(f"{self.name}: NaN or Inf in the {where} after {self.n} tokens")
+        if not parts["xx"].diagonal().isfinite().all():
+            raise FloatingPointError(f"{self.name}: NaN or Inf in the activations after {self.n} tokens")
+        if y is not None:
+            y = y.to(dtype)
+            parts |= {"xy": x.T @ y, "y": y.sum(0), "yy": y.square().sum()}
+            if not parts["yy"].isfinite():
+                raise FloatingPointError(f"{self.name}: NaN or Inf in the target outputs after {self.n} tokens")
         self.n += len(x)
         for key, part in parts.items():
             total = getattr(self, key)

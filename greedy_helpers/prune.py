@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from typing import Literal
 
 import pandas as pd
@@ -21,7 +22,7 @@ from .criteria import Criterion, Seen, second_moment
 from .evaluate import check_tokens
 from .moments import Moments
 from .reconstruct import refit as refit_linears
-from .structure import ChannelGroup, Depth2Module, blocks_of, depth2_modules, weight_of
+from .structure import Depth2Module, blocks_of, depth2_modules, weight_of
 from .surgery import remove_units, undone_on_error
 
 Refit = Literal[None, "pre", "post", "both"]
@@ -133,43 +134,110 @@ def prune(
         with undone_on_error(model), bar:
             pruned = BlockStream(model, calibration, batch_size)
             dense = pruned.share()
-            for index, block in enumerate(blocks_of(model)):
-                if index > max(chosen, default=-1):
-                    break
-                original = copy.deepcopy(block)  # the only second copy: one block, the source of all targets
-                for module in depth2_modules(model, [index]) if index in chosen else []:
-                    step = _prune_module(module, block, original, pruned, dense, ratio, criterion, refit, damp)
+            for index in range(max(chosen, default=-1) + 1):
+                block, original = blocks_of(model)[index], copy.deepcopy(blocks_of(model)[index])
+                modules = depth2_modules(model, [index]) if index in chosen else []
+                targets = [DenseTargets(module, original) for module in modules]
+                advance_dense(dense, original, index, targets)
+                for module, target in zip(modules, targets, strict=True):
+                    step = _prune_module(module, block, pruned, target, ratio, criterion, refit, damp)
                     steps.append(step)
                     bar.set_postfix_str(f"{module.name}: error {step.error:.3f}")
                     bar.update()
                 pruned.advance(block, index)
-                dense.advance(original, index)
     finally:
         model.train(was_training)
     name = getattr(criterion, "__name__", repr(criterion))
     return PruneReport(float(ratio), name, refit, damp, calibration.numel(), steps)
 
 
+class DenseTargets:
+    """What one module reads and puts out in the dense model, batch by batch: the targets of its refits.
+
+    Kept for the modules of one block at a time: two tensors [tokens, d] per module, no inner activations.
+    """
+
+    def __init__(self, module: Depth2Module, original: nn.Module) -> None:
+        """`original`: an unpruned copy of the module's block."""
+        self._level1 = [original.get_submodule(group.inside) for group in module.level1.values()]
+        self._level2 = original.get_submodule(module.level2.inside)
+        self.linears = [self._level1[0], self._level2]
+        self._x: list[Tensor] = []
+        self.level2: list[Tensor] = []  # dense level-2 outputs, [tokens, d] per batch
+
+    def record(self, x: Tensor, z: Tensor) -> None:
+        """Add one batch of the dense linears' inputs: level 1's x [tokens, d] and level 2's z [tokens, channels]."""
+        self._x.append(x)
+        self.level2.append(_apply(self._level2, z))
+
+    @property
+    def level1(self) -> Iterator[Tensor]:
+        """Dense level-1 outputs side by side, [tokens, sum of d_out] per batch; computed when asked for."""
+        return (torch.cat([_apply(linear, x) for linear in self._level1], dim=1) for x in self._x)
+
+
+@torch.no_grad()
+def advance_dense(dense: BlockStream, original: nn.Module, index: int, targets: Sequence[DenseTargets]) -> None:
+    """Move the dense stream behind its block and fill the `targets` on the way: one pass for everything."""
+    linears = [linear for target in targets for linear in target.linears]
+    hidden = []
+    for output, inputs in dense.run(original, index, linears):
+        hidden.append(output)
+        for target, x, z in zip(targets, inputs[::2], inputs[1::2], strict=True):
+            target.record(x, z)
+    dense.hidden = hidden
+
+
+def _apply(linear: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, weight_of(linear), linear.bias)
+
+
+def module_moments(
+    stream: BlockStream,
+    block: nn.Module,
+    module: Depth2Module,
+    level1: Iterable[Tensor | None] | None = None,
+    level2: Iterable[Tensor | None] | None = None,
+) -> list[Moments]:
+    """Moments of what the module's levels read, paired with targets: one pass over the block for both.
+
+    Args:
+        stream: hidden states in front of `block`.
+        level1, level2: targets per batch ([tokens, d_y]), or `itertools.repeat(None)` for moments without targets;
+            a level that is not given is left out.
+
+    Returns:
+        The moments of level 1's and of level 2's input, as far as asked for.
+    """
+    wanted = [(next(iter(module.level1.values())), level1), (module.level2, level2)]
+    wanted = [(group, targets) for group, targets in wanted if targets is not None]
+    found = [Moments(group.path) for group, _ in wanted]
+    batches = stream.inputs(block, module.block, [group.linear for group, _ in wanted])
+    for inputs, *targets in zip(batches, *(targets for _, targets in wanted), strict=False):
+        for moments, x, y in zip(found, inputs, targets, strict=True):
+            moments.update(x, y)
+    return found
+
+
 def _prune_module(
     module: Depth2Module,
     block: nn.Module,
-    original: nn.Module,
     pruned: BlockStream,
-    dense: BlockStream,
+    targets: DenseTargets,
     ratio: float,
     criterion: Criterion,
     refit: Refit,
     damp: float,
 ) -> PruneStep:
     started = time.perf_counter()
-    level1, level2 = list(module.level1.values()), module.level2
-
-    inputs = paired_moments(block, original, pruned, dense, module, level1)
+    level1, level2 = [group.linear for group in module.level1.values()], module.level2
     if refit in ("pre", "both"):
-        refit_linears([group.linear for group in level1], inputs, damp)
-    hidden = paired_moments(block, original, pruned, dense, module, [level2])
-    if refit in ("pre", "both"):
+        (inputs,) = module_moments(pruned, block, module, level1=targets.level1)
+        refit_linears(level1, inputs, damp)
+        (hidden,) = module_moments(pruned, block, module, level2=targets.level2)
         refit_linears([level2.linear], hidden, damp)
+    else:
+        inputs, hidden = module_moments(pruned, block, module, level1=repeat(None), level2=targets.level2)
 
     scores = criterion(module, Seen(inputs, hidden))
     if scores.shape != (module.n_units,):
@@ -187,29 +255,6 @@ def _prune_module(
     return PruneStep(
         module.name, module.kind, module.block, module.n_units, len(keep), error_cut, error, seconds, scores.cpu(), keep
     )
-
-
-def paired_moments(
-    block: nn.Module,
-    original: nn.Module,
-    pruned: BlockStream,
-    dense: BlockStream,
-    module: Depth2Module,
-    groups: list[ChannelGroup],
-) -> Moments:
-    """Moments of (what these linears read in the pruned model, what they put out in the dense one).
-
-    `groups` are linears of `module` that read the same input; their dense outputs stand side by side. The same
-    tokens go through `block` behind the pruned prefix and through `original` behind the dense one.
-    """
-    targets = [original.get_submodule(group.inside) for group in groups]
-    moments = Moments(groups[0].path)
-    seen = pruned.inputs(block, module.block, groups[0].linear)
-    meant = dense.inputs(original, module.block, targets[0])
-    for x_hat, x in zip(seen, meant, strict=True):
-        outputs = [F.linear(x, weight_of(target), target.bias) for target in targets]
-        moments.update(x_hat, torch.cat(outputs, dim=1))
-    return moments
 
 
 def _check_weights(model: PreTrainedModel) -> None:

@@ -111,7 +111,7 @@ def test_local_text_file_is_split_by_paragraph(tmp_path, tokenizer):
     path = tmp_path / "mine.txt"
     paragraphs = [f"This is paragraph number {i} of a file, and it says so." for i in range(60)]
     path.write_text("\n\n".join(paragraphs))
-    train, test = documents(str(path), "train")["text"], documents(str(path), "test")["text"]
+    train, test = list(documents(str(path), "train")["text"]), list(documents(str(path), "test")["text"])
     assert sorted(train + test) == sorted(paragraphs)
     assert test
     assert calibration_tokens(tokenizer, 4, 16, source=str(path)).shape == (4, 16)

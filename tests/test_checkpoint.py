@@ -1,0 +1,148 @@
+"""What is saved comes back with the same logits, in this process and in a fresh one; what fails leaves no trace."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY, VOCABULARY, tiny_model
+from safetensors.torch import load_file
+
+from greedy_helpers import count_parameters, depth2_modules, disk_bytes, load_model, prune, remove_units, save_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_model("llama-mini")[1]
+
+
+def pruned_model(name, dtype=torch.float32):
+    """Another size in every module: nothing about a checkpoint may assume uniform ratios."""
+    model = tiny_model(name, dtype)
+    for i, module in enumerate(depth2_modules(model)):
+        remove_units(module, torch.arange(module.n_units - 1 - i % module.n_units if module.n_units > 4 else 1 + i % 2))
+    return model
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_same_logits_after_reload(name, tmp_path, tokenizer, tokens):
+    model = pruned_model(name)
+    folder = save_model(model, tmp_path / "pruned", tokenizer)
+    again, _ = load_model(folder, device="cpu")
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert [m.n_units for m in depth2_modules(again)] == [m.n_units for m in depth2_modules(model)]
+    again.set_attn_implementation("eager")  # the class must still be one that transformers can switch
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_reload_in_a_fresh_process(tmp_path, tokenizer, tokens):
+    model = pruned_model("gpt2")
+    save_model(model, tmp_path / "pruned", tokenizer)
+    script = (
+        "import sys, torch; from greedy_helpers import load_model\n"
+        "model, _ = load_model(sys.argv[1], device='cpu')\n"
+        "tokens, logits = torch.load(sys.argv[2])\n"
+        "assert torch.equal(model(tokens).logits, logits), 'logits differ'\n"
+    )
+    torch.save((tokens, model(tokens).logits.detach()), tmp_path / "logits.pt")
+    command = [sys.executable, "-c", script, str(tmp_path / "pruned"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_prune_again_after_reload_and_save_again(tmp_path, tokenizer, tokens):
+    save_model(pruned_model("llama-gqa"), tmp_path / "once", tokenizer)
+    model, _ = load_model(tmp_path / "once", device="cpu")
+    prune(model, torch.randint(0, VOCABULARY, (8, 24)), 0.5, refit="both", progress=False)
+    save_model(model, tmp_path / "twice", tokenizer)
+    again, _ = load_model(tmp_path / "twice", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert count_parameters(again) == count_parameters(model)
+
+
+def test_a_dense_model_stays_a_plain_transformers_folder(tmp_path, tokenizer):
+    save_model(tiny_model("llama", torch.float32), tmp_path / "dense", tokenizer)
+    assert "pruned_units" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert load_model(tmp_path / "dense", device="cpu")[0].num_parameters() == tiny_model("llama").num_parameters()
+
+
+def test_float16_on_disk_is_half_the_bytes(tmp_path, tokenizer):
+    model = pruned_model("llama")
+    save_model(model, tmp_path / "full", tokenizer)
+    save_model(model, tmp_path / "half", tokenizer, dtype=torch.float16)
+    assert disk_bytes(tmp_path / "half") == pytest.approx(disk_bytes(tmp_path / "full") / 2, rel=0.05)
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    again, _ = load_model(tmp_path / "half", device="cpu", dtype=torch.float16)
+    assert again.dtype == torch.float16
+    assert next(model.parameters()).dtype == torch.float32  # the model itself keeps its dtype
+
+
+def test_an_existing_folder_is_not_overwritten_unless_asked(tmp_path, tokenizer):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_model(tiny_model("llama", torch.float32), folder, tokenizer)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+    save_model(tiny_model("llama", torch.float32), folder, tokenizer, overwrite=True)
+    assert "thesis.txt" not in os.listdir(folder)
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, tokenizer, monkeypatch):
+    folder = save_model(tiny_model("llama", torch.float32), tmp_path / "model", tokenizer)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def disk_full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(pruned_model("llama"), folder, tokenizer, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="cannot write to"):
+        save_model(tiny_model("llama", torch.float32), tmp_path / "file" / "model", tokenizer)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_half_a_checkpoint_is_refused(lost, tmp_path, tokenizer):
+    folder = save_model(pruned_model("llama"), tmp_path / "model", tokenizer)
+    (folder / lost).unlink()
+    with pytest.raises(FileNotFoundError, match="not a complete model folder: expected config.json and"):
+        load_model(folder)
+
+
+def test_a_cut_off_weight_file_is_refused(tmp_path, tokenizer):
+    folder = save_model(pruned_model("llama"), tmp_path / "model", tokenizer)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(FileNotFoundError, match="is not a complete model folder"):
+        load_model(folder)
+
+
+def test_a_manifest_that_does_not_fit(tmp_path, tokenizer):
+    folder = save_model(pruned_model("llama"), tmp_path / "model", tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    config["pruned_units"] = {"model.layers.7.mlp": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"names the pruned module 'model\.layers\.7\.mlp', which the model lacks"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt2", "no-such-model", "./no/such/folder", "/no/such/folder"])
+def test_names_that_lead_nowhere_offline(name):
+    with pytest.raises(FileNotFoundError, match="load_model"):
+        load_model(name)

@@ -1,0 +1,111 @@
+"""Perplexity is the number one computes by hand; costs are counted, not estimated."""
+
+import math
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+
+from greedy_helpers import (
+    compare_latency,
+    count_parameters,
+    depth2_modules,
+    disk_bytes,
+    generate_text,
+    load_model,
+    perplexity,
+    remove_units,
+)
+
+
+def test_perplexity_by_hand(model, tokens):
+    """One window, one target at a time: softmax, log, mean, exp."""
+    log_likelihoods = []
+    for window in tokens:
+        for position in range(1, len(window)):
+            logits = model(window[None, :position]).logits[0, -1]
+            log_likelihoods.append(math.log(torch.softmax(logits, -1)[window[position]].item()))
+    by_hand = math.exp(-sum(log_likelihoods) / len(log_likelihoods))
+    assert len(log_likelihoods) == 6 * 23
+    assert perplexity(model, tokens) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_perplexity_does_not_depend_on_the_batch_size(model, tokens):
+    assert perplexity(model, tokens, 1) == pytest.approx(perplexity(model, tokens, 5), rel=1e-6)
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert perplexity(model, torch.randint(0, VOCABULARY, (3, 9))) == pytest.approx(VOCABULARY)
+
+
+def test_perplexity_switches_dropout_off_and_back(tokens):
+    model = tiny_model("gpt2").train()
+    assert perplexity(model, tokens) == perplexity(model, tokens) == perplexity(tiny_model("gpt2"), tokens)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.tensor([[1, VOCABULARY]]), ValueError, r"ids in \[0, 96\), the vocabulary of \w+, found ids from 1 to 96"),
+        (torch.tensor([[-1, 3]]), ValueError, "found ids from -1 to 3"),
+        (torch.tensor([1, 2]), ValueError, r"found \[2\]"),
+        (torch.tensor([[1]]), ValueError, r"found \[1, 1\]"),
+        (torch.zeros(0, 8, dtype=torch.long), ValueError, r"found \[0, 8\]"),
+        (torch.rand(2, 8), TypeError, "found dtype torch.float32"),
+    ],
+)
+def test_tokens_the_model_cannot_read(tokens, error, message):
+    with pytest.raises(error, match=message):
+        perplexity(tiny_model("llama"), tokens)
+
+
+def test_nan_logits():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or Inf"):
+        perplexity(model, torch.randint(0, VOCABULARY, (2, 8)))
+
+
+def test_parameters_are_counted_by_hand():
+    model = tiny_model("gpt2")
+    block = 2 * 96 + (48 * 144 + 144) + (48 * 48 + 48) + (48 * 80 + 80) + (80 * 48 + 48)
+    assert count_parameters(model) == {"blocks": 2 * block, "total": 2 * block + 96 * 48 + 64 * 48 + 96}
+    remove_units(depth2_modules(model)[1], torch.arange(79))
+    assert count_parameters(model)["blocks"] == 2 * block - (48 + 1 + 48)  # one row, its bias, one column
+
+
+def test_latency_names_and_interleaves():
+    order = []
+    models = {"a": tiny_model("llama", torch.float32), "b": tiny_model("llama", torch.float32)}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    seconds = compare_latency(models, torch.randint(0, VOCABULARY, (1, 8)), repeats=3)
+    assert set(seconds) == {"a", "b"}
+    assert all(value > 0 for value in seconds.values())
+    assert order == ["a", "b"] * 5  # two rounds of warm-up, three timed
+
+
+def test_generated_text_starts_with_the_prompt_and_stops_at_the_context():
+    model, tokenizer = load_model("llama-mini")
+    text = generate_text(model, tokenizer, "import os\n", 8)
+    assert text.startswith("import os\n")
+    assert text == generate_text(model, tokenizer, "import os\n", 8)
+    sampled = [generate_text(model, tokenizer, "import os\n", 16, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    context = model.config.max_position_embeddings
+    prompt = tokenizer.decode([5] * (context - 2))
+    assert len(tokenizer(generate_text(model, tokenizer, prompt, 50))["input_ids"]) <= context + 2
+    with pytest.raises(ValueError, match=f"shorter than the context of {context}"):
+        generate_text(model, tokenizer, tokenizer.decode([5] * (context + 9)))
+    with pytest.raises(ValueError, match="at least one token"):
+        generate_text(model, tokenizer, "")
+
+
+def test_no_weights_no_bytes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="found none"):
+        disk_bytes(tmp_path)

@@ -1,0 +1,191 @@
+"""The loop as a whole: what it keeps, what it repairs, and what it leaves alone when something is wrong."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import VOCABULARY, assert_untouched, state_of, tiny_model
+
+from greedy_helpers import (
+    BlockStream,
+    blocks_of,
+    depth2_modules,
+    module_moments,
+    prune,
+    random_scores,
+    second_moment,
+    weight_norm,
+    weight_of,
+    zero_units,
+)
+
+quiet = partial(prune, progress=False)
+
+
+def calibration(n=12, seq=24, seed=5):
+    return torch.randint(0, VOCABULARY, (n, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def test_ratio_zero_changes_nothing(model, tokens):
+    with torch.no_grad():
+        before = model(tokens).logits
+        quiet(model, calibration(), 0.0)
+        assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_without_refit_it_is_zeroing_the_lowest_units(model, tokens, ratio):
+    name = "gpt2" if model.config.model_type == "gpt2" else "llama"
+    twin = tiny_model("llama-gqa" if getattr(model.config, "num_key_value_heads", 4) == 2 else name)
+    report = quiet(model, calibration(), ratio)
+    for module, step in zip(depth2_modules(twin), report.steps, strict=True):
+        assert step.units_after == step.units_before - int(step.units_before * ratio)
+        assert step.scores[step.keep].min() >= step.scores.sort().values[step.units_before - step.units_after]
+        cut = torch.tensor([u for u in range(step.units_before) if u not in step.keep.tolist()], dtype=torch.long)
+        zero_units(module, cut)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, twin(tokens).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("refit", ["post", "both"])
+@pytest.mark.parametrize("damp", [1e-4, 1e-1])
+def test_reconstruction_never_raises_the_calibration_error(model, refit, damp):
+    for step in quiet(model, calibration(), 0.5, refit=refit, damp=damp).steps:
+        assert step.error <= step.error_cut * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("refit", [None, "pre", "post", "both"])
+def test_reported_error_is_the_error_of_the_finished_module(model, refit):
+    """Measured again from scratch, streams and all, on the finished model's first block."""
+    name = {"gpt2": "gpt2"}.get(model.config.model_type, "llama-gqa" if depth2_modules(model)[0].n_units == 2 else "llama")
+    dense, tokens = tiny_model(name), calibration()
+    report = quiet(model, tokens, 0.5, refit=refit)
+    stream = BlockStream(model, tokens)
+    meant = [module.level2.linear for module in depth2_modules(dense, [0])]
+    batches = [inputs for _, inputs in BlockStream(dense, tokens).run(blocks_of(dense)[0], 0, meant)]
+    for i, (module, step) in enumerate(zip(depth2_modules(model, [0]), report.steps[:2], strict=True)):
+        with torch.no_grad():
+            targets = [meant[i](inputs[i]) for inputs in batches]
+        (moments,) = module_moments(stream, blocks_of(model)[0], module, level2=targets)
+        error = moments.relative_error(weight_of(module.level2.linear), module.level2.linear.bias)
+        assert step.error == pytest.approx(error, rel=1e-6)
+
+
+def test_refitting_helps_on_the_calibration_tokens():
+    tokens, logits = calibration(32), {}
+    with torch.no_grad():
+        dense = tiny_model("llama")(tokens).logits
+        for refit in (None, "pre", "post", "both"):
+            model = tiny_model("llama")
+            quiet(model, tokens, 0.5, refit=refit, damp=1e-3)
+            logits[refit] = (model(tokens).logits - dense).square().mean().item()
+    assert logits["post"] < 0.8 * logits[None]
+    assert logits["both"] < 0.8 * logits[None]
+
+
+def test_refit_without_a_cut_leaves_an_unpruned_model_alone(model, tokens):
+    """Every target is then already met: the solution is the current weight, up to rounding."""
+    with torch.no_grad():
+        before = model(tokens).logits
+        quiet(model, calibration(32), 0.0, refit="both")
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("refit", [None, "both"])
+def test_batch_size_does_not_matter(refit, tokens):
+    logits = []
+    for batch_size in (1, 5, 64):  # 5 leaves a last batch of another shape
+        model = tiny_model("llama-gqa")
+        quiet(model, calibration(), 0.5, refit=refit, batch_size=batch_size)
+        logits.append(model(tokens).logits.detach())
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-8, atol=1e-8)
+
+
+def test_only_the_chosen_blocks():
+    model, dense = tiny_model("gpt2"), tiny_model("gpt2")
+    report = quiet(model, calibration(), 0.5, blocks=[1], refit="both")
+    assert [step.block for step in report.steps] == [1, 1]
+    for a, b in zip(blocks_of(model)[0].parameters(), blocks_of(dense)[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_same_seed_same_model_and_training_mode_is_kept(tokens):
+    logits = []
+    for _ in range(2):
+        model = tiny_model("gpt2").train()  # dropout must not leak into the statistics
+        quiet(model, calibration(), 0.5, criterion=partial(random_scores, seed=4), refit="both")
+        assert model.training
+        logits.append(model.eval()(tokens).logits)
+    assert torch.equal(*logits)
+
+
+def test_report_to_frame_and_dict():
+    report = quiet(tiny_model("llama"), calibration(), 0.25, criterion=weight_norm, refit="post")
+    frame = report.to_frame()
+    assert list(frame["name"]) == [step.name for step in report.steps]
+    assert {"units_before", "units_after", "error_cut", "error", "seconds"} <= set(frame.columns)
+    record = report.to_dict()
+    assert record["criterion"] == "weight_norm"
+    assert record["steps"][0]["keep"] == report.steps[0].keep.tolist()
+    assert report.tokens == 12 * 24
+
+
+def breaks_in_the_middle(module, seen):
+    return second_moment(module, seen) * (float("nan") if module.block == 1 else 1.0)
+
+
+def interrupted(module, seen):
+    if module.block == 1:
+        raise KeyboardInterrupt
+    return second_moment(module, seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"ratio": 1.0}, ValueError, r"ratio in \[0, 1\)"),
+        ({"ratio": -0.1}, ValueError, r"ratio in \[0, 1\)"),
+        ({"refit": "twice"}, ValueError, "expected refit None, 'pre', 'post' or 'both', found 'twice'"),
+        ({"blocks": [5]}, IndexError, r"expected blocks in \[0, 2\), found 5"),
+        ({"calibration": calibration() + VOCABULARY}, ValueError, r"token ids in \[0, 96\).*found ids from"),
+        ({"calibration": -calibration() - 1}, ValueError, r"token ids in \[0, 96\)"),
+        ({"calibration": calibration().float()}, TypeError, "long tensor"),
+        ({"calibration": calibration()[0]}, ValueError, r"shape \[n >= 1, seq >= 2\], found \[24\]"),
+        ({"calibration": calibration(1, 8), "refit": "both", "damp": 0.0}, ValueError, "8 calibration tokens for"),
+        ({"damp": -1.0, "refit": "post"}, ValueError, "damp >= 0"),
+        ({"criterion": lambda module, seen: torch.ones(3)}, ValueError, r"self_attn: expected scores of shape \[4\]"),
+        ({"criterion": breaks_in_the_middle}, FloatingPointError, "NaN scores"),
+        ({"criterion": interrupted, "refit": "both"}, KeyboardInterrupt, None),
+    ],
+)
+def test_whatever_goes_wrong_the_model_stays_as_it_was(arguments, error, message):
+    model = tiny_model("llama")
+    before = state_of(model)
+    call = {"calibration": calibration(), "ratio": 0.5} | arguments
+    with pytest.raises(error, match=message):
+        quiet(model, call.pop("calibration"), call.pop("ratio"), **call)
+    assert_untouched(model, before)
+    assert not any(module._forward_pre_hooks for module in model.modules()), "a hook was left behind"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_weights_are_named(value):
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 4] = value
+    before = state_of(model)
+    with pytest.raises(FloatingPointError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight: expected finite weights"):
+        quiet(model, calibration(), 0.5)
+    assert_untouched(model, before)
+
+
+def test_overflowing_activations_are_named():
+    model = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e38)
+        model.model.layers[1].mlp.gate_proj.weight.abs_().mul_(1e3)
+    before = state_of(model)
+    with pytest.raises(FloatingPointError, match=r"layers\.1\.mlp\.\w+: NaN or Inf"):
+        quiet(model, calibration(), 0.5, refit="both")
+    assert_untouched(model, before)
