@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -135,10 +134,10 @@ def prune(
             pruned = BlockStream(model, calibration, batch_size)
             dense = pruned.share()
             for index in range(max(chosen, default=-1) + 1):
-                block, original = blocks_of(model)[index], copy.deepcopy(blocks_of(model)[index])
+                block = blocks_of(model)[index]
                 modules = depth2_modules(model, [index]) if index in chosen else []
-                targets = [DenseTargets(module, original) for module in modules]
-                advance_dense(dense, original, index, targets)
+                targets = [DenseTargets(module) for module in modules]
+                advance_dense(dense, block, index, targets)  # before anything in the block changes: no second copy
                 for module, target in zip(modules, targets, strict=True):
                     step = _prune_module(module, block, pruned, target, ratio, criterion, refit, damp)
                     steps.append(step)
@@ -157,10 +156,9 @@ class DenseTargets:
     Kept for the modules of one block at a time: two tensors [tokens, d] per module, no inner activations.
     """
 
-    def __init__(self, module: Depth2Module, original: nn.Module) -> None:
-        """`original`: an unpruned copy of the module's block."""
-        self._level1 = [original.get_submodule(group.inside) for group in module.level1.values()]
-        self._level2 = original.get_submodule(module.level2.inside)
+    def __init__(self, module: Depth2Module) -> None:
+        self._level1 = [group.linear for group in module.level1.values()]
+        self._level2 = module.level2.linear
         self.linears = [self._level1[0], self._level2]
         self._x: list[Tensor] = []
         self.level2: list[Tensor] = []  # dense level-2 outputs, [tokens, d] per batch
@@ -172,16 +170,19 @@ class DenseTargets:
 
     @property
     def level1(self) -> Iterator[Tensor]:
-        """Dense level-1 outputs side by side, [tokens, sum of d_out] per batch; computed when asked for."""
+        """Dense level-1 outputs side by side, [tokens, sum of d_out] per batch.
+
+        Computed from the inputs when asked for, so ask before this module's own level 1 is refitted.
+        """
         return (torch.cat([_apply(linear, x) for linear in self._level1], dim=1) for x in self._x)
 
 
 @torch.no_grad()
-def advance_dense(dense: BlockStream, original: nn.Module, index: int, targets: Sequence[DenseTargets]) -> None:
-    """Move the dense stream behind its block and fill the `targets` on the way: one pass for everything."""
+def advance_dense(dense: BlockStream, block: nn.Module, index: int, targets: Sequence[DenseTargets]) -> None:
+    """Move the dense stream behind the still dense block and fill the `targets` on the way, all in one pass."""
     linears = [linear for target in targets for linear in target.linears]
     hidden = []
-    for output, inputs in dense.run(original, index, linears):
+    for output, inputs in dense.run(block, index, linears):
         hidden.append(output)
         for target, x, z in zip(targets, inputs[::2], inputs[1::2], strict=True):
             target.record(x, z)

@@ -32,14 +32,12 @@ class ChannelGroup:
 
     Attributes:
         path: the layer's path in the model, e.g. `"model.layers.3.mlp.up_proj"`.
-        inside: its path in the block, e.g. `"mlp.up_proj"`: finds the same layer in a copy of the block.
         linear: the layer itself, `nn.Linear` or GPT-2's `Conv1D`.
         side: level 1 loses outputs (`"out"`), level 2 loses inputs (`"in"`).
         index: long [n_units, width] on the CPU; unit u owns the channels index[u].
     """
 
     path: str
-    inside: str
     linear: nn.Linear | Conv1D
     side: Literal["out", "in"]
     index: Tensor
@@ -126,9 +124,8 @@ def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int)
 
     def group(linear_name: str, text: str, side: Literal["out", "in"]) -> ChannelGroup:
         linear, path = owner.get_submodule(linear_name), f"{name}.{linear_name}"
-        inside = f"{layout.owner}.{linear_name}"
         n_channels = weight_of(linear).shape[0 if side == "out" else 1]
-        return ChannelGroup(path, inside, linear, side, channel_index(text, n_channels, path, **sizes))
+        return ChannelGroup(path, linear, side, channel_index(text, n_channels, path, **sizes))
 
     level1 = {key: group(key, text, "out") for key, text in layout.level1.items()}
     ((key, text),) = layout.level2.items()

@@ -132,6 +132,11 @@ def test_keep_top_never_removes_more_than_asked(ratio, left):
     assert scores[keep].min() >= scores.sort().values[10 - left]
 
 
+def test_rounding_in_the_ratio_costs_no_unit():
+    assert 0.29 * 100 < 29  # in floating point
+    assert len(keep_top(torch.arange(100.0), 0.29)) == 71
+
+
 def test_ties_keep_the_earlier_unit():
     assert keep_top(torch.ones(4), 0.5).tolist() == [0, 1]
 
