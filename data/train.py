@@ -152,7 +152,7 @@ def save_checkpoint(path: Path, **state: object) -> None:
     os.replace(partial, path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(CONFIGS))
     parser.add_argument("--tokens", type=float, default=12e6, help="training tokens in all (default: 12e6)")
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints and evaluations")
     parser.add_argument("--work-dir", type=Path, default=HERE.parent / "runs")
     parser.add_argument("--out", type=Path, default=None, help="where the model goes (default: data/NAME)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out = args.out or HERE / args.name
     args.work_dir.mkdir(parents=True, exist_ok=True)
 

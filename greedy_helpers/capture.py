@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,11 +34,9 @@ class BlockStream:
         for batch in tokens.split(batch_size):
             batch = batch.to(model.device)
             known = batch.shape in self._extra
-            with _recording_arguments(blocks[:1] if known else blocks) as calls, torch.no_grad():
-                try:
-                    model(input_ids=batch, use_cache=False)
-                except _Reached:
-                    pass
+            wanted = blocks[:1] if known else blocks
+            with _recording_arguments(wanted) as calls, torch.no_grad(), suppress(_Reached):
+                model(input_ids=batch, use_cache=False)
             self.hidden.append(calls[0][0][0])
             if not known:
                 self._extra[batch.shape] = [(args[1:], kwargs) for args, kwargs in calls]
@@ -49,7 +47,9 @@ class BlockStream:
         twin._extra, twin.hidden = self._extra, list(self.hidden)
         return twin
 
-    def run(self, block: nn.Module, index: int, linears: Sequence[nn.Module] = ()) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def run(
+        self, block: nn.Module, index: int, linears: Sequence[nn.Module] = ()
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Run `block` in the place of block `index`: its output [batch, seq, d], one batch at a time.
 
         Beside each output stand the inputs of `linears` (inside the block), [batch * seq, d_in] each.
@@ -75,11 +75,8 @@ class BlockStream:
     ) -> tuple[Tensor | None, list[Tensor]]:
         args, kwargs = self._extra[hidden.shape[:2]][index]
         output = None
-        with _recording_inputs(linears, stop) as seen:
-            try:
-                output = block(hidden, *args, **kwargs)
-            except _Reached:
-                pass
+        with _recording_inputs(linears, stop) as seen, suppress(_Reached):
+            output = block(hidden, *args, **kwargs)
         if len(seen) < len(linears):
             raise RuntimeError(f"block {index} ran {len(seen)} of the {len(linears)} linears that were watched")
         output = output[0] if isinstance(output, tuple) else output

@@ -39,7 +39,8 @@ def perplexity_bars(
     for d, domain in enumerate(domains):
         places = [v + (d - (len(domains) - 1) / 2) * width for v in range(len(values))]
         heights = [found[domain] for found in values.values()]
-        bars = ax.bar(places, heights, width * 0.92, label=domain, color=PALETTE[d], hatch=_HATCHES[d], edgecolor="white")
+        look = {"color": PALETTE[d], "hatch": _HATCHES[d], "edgecolor": "white"}
+        bars = ax.bar(places, heights, width * 0.92, label=domain, **look)
         ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
         if baseline:
             ax.axhline(baseline[domain], color=PALETTE[d], linestyle="--", linewidth=1)
@@ -55,7 +56,7 @@ def perplexity_bars(
             )
     ax.set_xticks(range(len(values)), [name.replace(" + ", "\n+ ") for name in values])
     ax.set_ylabel("perplexity (lower is better)")
-    ax.legend(title="held-out text", frameon=False, loc="upper left")
+    ax.legend(title="held-out text", frameon=False, loc="upper right")
     return ax
 
 

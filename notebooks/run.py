@@ -31,9 +31,9 @@ def execute(path: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     notebook.metadata = _METADATA | {"language_info": {"name": "python"}}
-    client = NotebookClient(
-        notebook, timeout=900, kernel_name="python3", record_timing=False, resources={"metadata": {"path": path.parent}}
-    )
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False, resources=resources)
+    client.extra_arguments = ["--log-level=40"]  # errors only: the kernel's notes on its sockets are not for readers
     client.execute()
     notebook.metadata = _METADATA | {"language_info": {"name": "python"}}
     for cell in notebook.cells:

@@ -43,8 +43,10 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64):
         model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter)) if "bias" in parameter_name else parameter.uniform_(0.7, 1.3)
+            if "bias" in parameter_name:
+                parameter.normal_(0, 0.3)
+            elif parameter.ndim == 1:  # norms
+                parameter.uniform_(0.7, 1.3)
     return model.to(dtype).eval()
 
 

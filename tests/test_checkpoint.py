@@ -121,7 +121,7 @@ def test_a_place_that_cannot_be_written(tmp_path, tokenizer):
 def test_half_a_checkpoint_is_refused(lost, tmp_path, tokenizer):
     folder = save_model(pruned_model("llama"), tmp_path / "model", tokenizer)
     (folder / lost).unlink()
-    with pytest.raises(FileNotFoundError, match="not a complete model folder: expected config.json and"):
+    with pytest.raises(FileNotFoundError, match=r"not a complete model folder: expected config\.json and"):
         load_model(folder)
 
 

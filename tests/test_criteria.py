@@ -102,14 +102,14 @@ def test_rescaling_level_1_against_level_2_moves_magnitude_but_not_the_plain_ffn
     """ReLU-like scaling freedom: up path times c, level 2 by 1/c leaves a linear path's outputs as they are."""
     model = tiny_model("llama")
     c = torch.linspace(0.2, 5.0, 80, dtype=torch.float64)
-    (_, before), = [v for k, v in seen_by(model, tokens, 0).items() if k == "gated_ffn"]
+    ((_, before),) = [v for k, v in seen_by(model, tokens, 0).items() if k == "gated_ffn"]
     module = depth2_modules(model)[1]
     gate = module.level1["gate_proj"]
     score, norm = second_moment(module, before), weight_norm(module)
     with torch.no_grad():
         module.level1["up_proj"].linear.weight.mul_(c[:, None])
         module.level2.linear.weight.div_(c)
-    (_, after), = [v for k, v in seen_by(model, tokens, 0).items() if k == "gated_ffn"]
+    ((_, after),) = [v for k, v in seen_by(model, tokens, 0).items() if k == "gated_ffn"]
     rescaled = second_moment(module, after)
     # The product of two metrics has ||B||^4 against one c^2: the paper's heuristic is not invariant, by c^-2 exactly.
     torch.testing.assert_close(rescaled, score / c.square())

@@ -50,7 +50,11 @@ def test_perplexity_switches_dropout_off_and_back(tokens):
 @pytest.mark.parametrize(
     ("tokens", "error", "message"),
     [
-        (torch.tensor([[1, VOCABULARY]]), ValueError, r"ids in \[0, 96\), the vocabulary of \w+, found ids from 1 to 96"),
+        (
+            torch.tensor([[1, VOCABULARY]]),
+            ValueError,
+            r"ids in \[0, 96\), the vocabulary of \w+, found ids from 1 to 96",
+        ),
         (torch.tensor([[-1, 3]]), ValueError, "found ids from -1 to 3"),
         (torch.tensor([1, 2]), ValueError, r"found \[2\]"),
         (torch.tensor([[1]]), ValueError, r"found \[1, 1\]"),

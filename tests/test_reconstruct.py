@@ -10,7 +10,10 @@ from greedy_helpers import Moments, least_squares, refit, weight_of
 
 def data(n=200, d_x=12, d_y=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d_x, generator=generator, dtype=torch.float64) @ torch.randn(d_x, d_x, generator=generator).double()
+    x = (
+        torch.randn(n, d_x, generator=generator, dtype=torch.float64)
+        @ torch.randn(d_x, d_x, generator=generator).double()
+    )
     y = x[:, :d_y].tanh() + 0.5 + 0.1 * torch.randn(n, d_y, generator=generator, dtype=torch.float64)
     w0 = torch.randn(d_y, d_x, generator=generator, dtype=torch.float64)
     b0 = torch.randn(d_y, generator=generator, dtype=torch.float64)

@@ -130,9 +130,14 @@ def test_zeroing_every_unit_is_refused():
 
 def test_undone_on_error_restores_weights_and_sizes(model):
     before = state_of(model)
-    with pytest.raises(KeyboardInterrupt), undone_on_error(model):
-        for module in depth2_modules(model):
-            remove_units(module, torch.tensor([0]))
-        assert weight_of(depth2_modules(model)[1].level2.linear).shape[1] == 1
-        raise KeyboardInterrupt
+
+    def cut_everything_then_stop():
+        with undone_on_error(model):
+            for module in depth2_modules(model):
+                remove_units(module, torch.tensor([0]))
+            assert weight_of(depth2_modules(model)[1].level2.linear).shape[1] == 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_everything_then_stop()
     assert_untouched(model, before)
