@@ -5,7 +5,7 @@ In the order of the method: load a model, get text, find the structure, score, c
 
 from .allocation import keep_top
 from .capture import BlockStream
-from .checkpoint import disk_bytes, load_model, save_model
+from .checkpoint import disk_bytes, export_plain, load_model, load_pruned, save_pruned
 from .criteria import Criterion, Seen, random_scores, second_moment, weight_norm
 from .data import (
     EMBEDDED,
@@ -17,12 +17,22 @@ from .data import (
     pack,
     python_corpus,
 )
+from .discover import coupling, discover, tiny_twin
 from .evaluate import compare_latency, count_parameters, generate_text, perplexity
 from .families import FAMILIES, Family, ModuleLayout
 from .moments import Moments
 from .prune import PruneReport, PruneStep, module_moments, prune
 from .reconstruct import least_squares, refit
-from .structure import ChannelGroup, Depth2Module, UnknownFamily, blocks_of, depth2_modules, set_weight, weight_of
+from .structure import (
+    ChannelGroup,
+    Depth2Module,
+    UnknownFamily,
+    UnsupportedModule,
+    blocks_of,
+    depth2_modules,
+    set_weight,
+    weight_of,
+)
 from .surgery import remove_units, undone_on_error, zero_units
 
 __version__ = "0.1.0"
@@ -42,19 +52,24 @@ __all__ = [
     "PruneStep",
     "Seen",
     "UnknownFamily",
+    "UnsupportedModule",
     "blocks_of",
     "calibration_tokens",
     "compare_latency",
     "count_parameters",
+    "coupling",
     "default_sources",
     "depth2_modules",
+    "discover",
     "disk_bytes",
     "documents",
     "evaluation_tokens",
+    "export_plain",
     "generate_text",
     "keep_top",
     "least_squares",
     "load_model",
+    "load_pruned",
     "module_moments",
     "pack",
     "perplexity",
@@ -63,9 +78,10 @@ __all__ = [
     "random_scores",
     "refit",
     "remove_units",
-    "save_model",
+    "save_pruned",
     "second_moment",
     "set_weight",
+    "tiny_twin",
     "undone_on_error",
     "weight_norm",
     "weight_of",

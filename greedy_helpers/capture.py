@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -115,6 +115,83 @@ def _recording_inputs(linears: Sequence[nn.Module], stop: bool) -> Iterator[dict
     handles = [linear.register_forward_pre_hook(hook) for linear in linears]
     try:
         yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def slice_head_inputs(owner: nn.Module, names: Sequence[str], keep: Tensor, n_units: int, group: int = 1) -> None:
+    """From now on `owner`'s forward sees only the kept heads' slices of these arguments (alibi, per-head masks).
+
+    The model makes such tensors once for all blocks and all heads. Which heads this block still has is a buffer of
+    the owner, so it is saved, loaded, copied and moved with the weights.
+
+    Args:
+        keep: long [n_keep], sorted units among the `n_units` that are there now.
+        group: query heads per unit.
+    """
+    before = getattr(owner, "kept_heads", None)
+    before = torch.arange(n_units * group, device=keep.device) if before is None else before
+    heads = (keep[:, None] * group + torch.arange(group, device=keep.device)).flatten()
+    device = next(owner.parameters()).device
+    if "kept_heads" in owner._buffers:
+        owner.kept_heads = before[heads.to(before.device)]
+    else:
+        owner.register_buffer("kept_heads", before[heads].to(device))
+        owner.register_forward_pre_hook(_HeadInputs(tuple(names)), with_kwargs=True)
+
+
+class _HeadInputs:
+    """The hook itself; a class and not a closure, so that a model that carries it can be copied and pickled."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __call__(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        found = {name: kwargs[name] for name in self.names if isinstance(kwargs.get(name), Tensor)}
+        return args, kwargs | {name: _slice(value, owner.kept_heads, len(hidden)) for name, value in found.items()}
+
+
+def _slice(value: Tensor, heads: Tensor, batch: int) -> Tensor:
+    if value.ndim == 3 and len(value) > batch:  # [batch * heads, 1, key], as Bloom has it
+        return value.unflatten(0, (batch, -1))[:, heads].flatten(0, 1)
+    if value.ndim == 4 and value.shape[1] > 1:  # [batch, heads, query, key]
+        return value[:, heads]
+    return value  # the same for all heads
+
+
+@contextmanager
+def cut_graph(linears: Mapping[str, nn.Module]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Cuts autograd's graph behind every linear: (inputs, outputs), filled by the forward pass inside the `with`.
+
+    `inputs[name]` [batch, ..., d_in] is what a linear read, as a function of `outputs[...]` [batch, ..., d_out] of the
+    linears *directly* before it, which are leaves: a gradient goes one linear back and no further.
+
+    The outputs are replaced by standard normal noise. Which channels are connected does not depend on the values, and
+    with noise no ReLU is off at every position, as some are in real activations.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def recording(name: str):
+        def before(_linear: nn.Module, args: tuple[Tensor]) -> None:
+            inputs[name] = args[0]
+
+        def after(_linear: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+            noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+            outputs[name] = noise.to(output).requires_grad_()
+            return outputs[name].clone()  # some models add to it in place, which a leaf does not allow
+
+        return before, after
+
+    handles = []
+    for name, linear in linears.items():
+        before, after = recording(name)
+        handles += [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
+    try:
+        yield inputs, outputs
     finally:
         for handle in handles:
             handle.remove()

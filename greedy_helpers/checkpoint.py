@@ -1,19 +1,25 @@
-"""Loading models by name, saving pruned ones, and loading those again.
+"""Loading models by name, saving pruned ones, loading those again, and exporting to plain transformers.
 
-A pruned model is an ordinary Hugging Face folder whose config.json has one more entry, `pruned_units`: module path ->
-number of units left. :func:`load_model` reads it, builds the dense architecture without memory, cuts it to size with
-the same surgery that pruned it, and lets transformers fill in the weights.
+A pruned model is an ordinary Hugging Face folder with two additions: an entry `pruned_units` in config.json (module
+path -> number of units left) and a manifest `pruned.json` (format, checksums, how it was pruned). :func:`load_model`
+builds the dense architecture without memory, cuts it to size with the same surgery that pruned it, and lets
+transformers fill in the weights: whatever surgery can do, a checkpoint can hold.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -25,40 +31,48 @@ from transformers import (
 )
 
 from .data import EMBEDDED
-from .structure import depth2_modules
+from .families import UNIT_AXES
+from .structure import UnsupportedModule, depth2_modules, family_of, product
 from .surgery import remove_units
+
+if TYPE_CHECKING:
+    from .prune import PruneReport
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a clone the models are in data/; an installed wheel carries them inside the package.
 _EMBEDDED_FOLDERS = (_PACKAGE / "embedded", _PACKAGE.parent / "data")
+MANIFEST = "pruned.json"
+_FORMAT = {"format": "greedy_helpers pruned model", "version": 1}
 
 
 def load_model(
     name_or_path: str | Path = "llama-mini",
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer), the model in eval mode.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """(model, tokenizer), the model in eval mode; no tokenizer if a local folder has none.
 
     Args:
         name_or_path: an embedded model (`"llama-mini"`, `"gpt2-mini"`), a local folder (dense or saved by
-            :func:`save_model`), or a Hugging Face Hub id (`"openai-community/gpt2"`).
+            :func:`save_pruned`), or a Hugging Face Hub id (`"openai-community/gpt2"`).
         device: default: CUDA where there is one, else the CPU.
         dtype: default: float32 on the CPU, the checkpoint's own on an accelerator.
 
     Raises:
         FileNotFoundError: no such embedded model or folder, a folder that lacks a file, or a Hub id that is
             neither cached nor reachable.
-        ValueError: a pruned checkpoint whose manifest does not fit the model.
+        ValueError: a pruned checkpoint that is damaged or does not fit, see :func:`load_pruned`.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     place, is_local = _resolve(str(name_or_path))
     try:
         config = AutoConfig.from_pretrained(place)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        loader = _loader_of_pruned(config) if getattr(config, "pruned_units", None) else AutoModelForCausalLM
-        model = loader.from_pretrained(place, config=config, dtype=dtype)
+        if getattr(config, "pruned_units", None):
+            if not is_local:
+                from huggingface_hub import snapshot_download
+
+                place = snapshot_download(place)
+            return load_pruned(place, device, dtype)
+        return _load(AutoModelForCausalLM, place, config, device, dtype)
     except (OSError, SafetensorError) as error:
         if is_local:
             raise FileNotFoundError(f"load_model: {place} is not a complete model folder: {error}") from error
@@ -66,6 +80,62 @@ def load_model(
             f"load_model: {place!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a local folder, nor a "
             f"Hub model that is cached or reachable from here. The embedded models need no network. ({error})"
         ) from error
+
+
+def load_pruned(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    *,
+    verify: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """(model, tokenizer) that :func:`save_pruned` wrote, with the same logits. Reads safetensors and JSON, no pickle.
+
+    Args:
+        device, dtype: as in :func:`load_model`.
+        verify: compare every file with its checksum first (a second per GB).
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: no manifest of ours, a file that is not the one that was saved, a weight file that does not belong
+            there, or sizes that do not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"load_pruned: expected a folder at {folder}, found nothing there") from error
+        raise ValueError(
+            f"load_pruned: {folder} has no {MANIFEST}: not saved by save_pruned, or not completely copied"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"load_pruned: {folder / MANIFEST} is not JSON: {error}") from error
+    found = {key: manifest.get(key) if isinstance(manifest, dict) else None for key in _FORMAT}
+    if found != _FORMAT:
+        raise ValueError(f"load_pruned: expected a manifest of {_FORMAT}, found {found} in {folder / MANIFEST}")
+    weights = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")}
+    if foreign := sorted(weights - manifest["sha256"].keys()):
+        raise ValueError(f"load_pruned: {folder} holds weight files that were not saved with it: {', '.join(foreign)}")
+    for name, expected in manifest["sha256"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"load_pruned: {folder} is not a complete model folder: {name} is missing")
+        if verify and (actual := _sha256(folder / name)) != expected:
+            raise ValueError(
+                f"load_pruned: {folder / name} is not the file that was saved: expected SHA-256 {expected[:12]}..., "
+                f"found {actual[:12]}... ({(folder / name).stat().st_size:,} bytes)"
+            )
+    config = AutoConfig.from_pretrained(folder)
+    return _load(_loader_of_pruned(config), str(folder), config, device, dtype)
+
+
+def _load(loader, place: str, config: PreTrainedConfig, device, dtype):
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    tokenizer = None
+    if not Path(place).is_dir() or any(Path(place).glob("token*")):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    model = loader.from_pretrained(place, config=config, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 
@@ -95,55 +165,183 @@ def _resolve(name: str) -> tuple[str, bool]:
 
 def _loader_of_pruned(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """A subclass of the model's class that cuts itself to the sizes in `config.pruned_units` when built."""
-    base = AutoModelForCausalLM._model_mapping[type(config)]
+    name = (config.architectures or ["none"])[0]
+    base = getattr(transformers, name, None)
+    if base is None:
+        raise ValueError(f"load_pruned: config.json names the class {name!r}, which transformers does not have")
 
     def __init__(self, config, *args, **kwargs) -> None:
         base.__init__(self, config, *args, **kwargs)
         modules = {module.name: module for module in depth2_modules(self)}
-        for name, n_units in config.pruned_units.items():
+        for name, n_units in (getattr(config, "pruned_units", None) or {}).items():
             if name not in modules:
-                raise ValueError(f"load_model: config.json names the pruned module {name!r}, which the model lacks")
+                raise ValueError(f"load_pruned: config.json names the module {name!r}, which the model lacks")
             remove_units(modules[name], torch.arange(n_units, device="cpu"))
 
     # transformers finds out what a class supports from its name and source, so keep the base's own.
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__, "_dense_class": base})
 
 
-def save_model(
+def _dense_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    return getattr(model, "_dense_class", type(model))
+
+
+def save_pruned(
     model: PreTrainedModel,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    report: PruneReport | None = None,
+    details: Mapping[str, object] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a dense or pruned model that :func:`load_model` reads back with the same logits.
+    """Write a model with any sizes per module; :func:`load_pruned` reads it back with the same logits.
 
     Everything is written to a temporary folder beside the target and renamed at the end: a killed or failed save
-    leaves no half-written checkpoint and, with `overwrite`, the old one in place.
+    leaves no half-written checkpoint and, with `overwrite`, the old one in place. The folder has a model card
+    (README.md) and can be pushed to the Hub as it is.
 
     Args:
-        tokenizer: saved along, as loading needs one.
+        tokenizer: saved along.
+        report: what :func:`~greedy_helpers.prune.prune` returned; goes into the manifest and the card.
+        details: further lines of the card, e.g. `{"base model": "llama-mini", "perplexity before": 14.2}`.
         dtype: store the weights in this dtype (e.g. `torch.float16`, half the bytes); default: as they are.
 
     Raises:
         FileExistsError: `folder` exists and is not empty, and `overwrite` is not set.
         OSError: the folder cannot be written.
     """
-    folder = Path(folder)
+
+    def write(partial: Path) -> None:
+        units = {module.name: module.n_units for module in depth2_modules(model)}
+        dense = {module.name: module.n_units for module in depth2_modules(_meta_model(model))}
+        state = {
+            k: v.to(dtype) if dtype is not None and v.is_floating_point() else v for k, v in model.state_dict().items()
+        }
+        model.save_pretrained(partial, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        config = json.loads((partial / "config.json").read_text())
+        if pruned := {name: n for name, n in units.items() if n != dense[name]}:
+            config["pruned_units"] = pruned
+        config["architectures"] = [_dense_class(model).__name__]
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (partial / "README.md").write_text(_model_card(model, units, dense, report, details or {}))
+        manifest: dict[str, Any] = {
+            **_FORMAT,
+            "units": {name: {"dense": dense[name], "left": n} for name, n in units.items()},
+            "report": None if report is None else report.to_dict(tensors=False),
+            "details": {key: str(value) for key, value in (details or {}).items()},
+            "sha256": {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.name != "README.md"},
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    return _write_folder(Path(folder), write, overwrite)
+
+
+def export_plain(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a pruned model that plain `AutoModelForCausalLM.from_pretrained` loads, without this package.
+
+    That works if every block kept the same number of units and the family's config can say so. Llama's config wants
+    the hidden size to be a multiple of the number of heads (4,096 is none of 24); the same weights are then exported
+    under the Mistral class, which computes the same logits.
+
+    Raises:
+        ValueError: sizes that differ between blocks, or a config that refuses them; with the way out.
+        UnsupportedModule: the family's config has no words for the cut (heads of GPT-2, whose head size is derived).
+        FileExistsError, OSError: as in :func:`save_pruned`.
+    """
+    family, edits = family_of(model), {}
+    modules, dense = depth2_modules(model), {m.name: m.n_units for m in depth2_modules(_meta_model(model))}
+    for layout in family.modules:
+        mine = [module for module in modules if module.layout == layout]
+        counts = sorted({module.n_units for module in mine})
+        if counts == sorted({dense[module.name] for module in mine}):
+            continue
+        if len(counts) > 1:
+            raise ValueError(
+                f"export_plain: one config describes all blocks, so {mine[0].name} and its like need the same number "
+                f"of units, found {counts}; use save_pruned, which stores any sizes"
+            )
+        if not layout.config:
+            raise UnsupportedModule(
+                f"export_plain: a plain {model.config.model_type} config cannot say that {mine[0].name} has "
+                f"{counts[0]} of {dense[mine[0].name]} units; use save_pruned"
+            )
+        sizes = mine[0].sizes | dict.fromkeys(UNIT_AXES, counts[0])
+        edits |= {key: product(text, sizes) for key, text in layout.config.items()}
+
+    def write(partial: Path) -> None:
+        refused = []
+        for config_class, model_class in _export_classes(model, family.export_as):
+            try:
+                _write_plain(model, config_class, model_class, edits, partial)
+                break
+            except Exception as error:  # configs refuse with errors of several libraries
+                refused.append(f"{config_class.__name__}: {error}")
+        else:
+            raise ValueError(f"export_plain: no plain config takes {edits}; use save_pruned. ({'; '.join(refused)})")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+    return _write_folder(Path(folder), write, overwrite)
+
+
+def _export_classes(model: PreTrainedModel, export_as: str | None) -> list[tuple[type, type]]:
+    dense_class = _dense_class(model)
+    found = [(type(model.config), dense_class)]
+    if export_as is not None:
+        head = dense_class.__name__.removeprefix(type(model.config).__name__.removesuffix("Config"))
+        if hasattr(transformers, export_as + head):
+            found.append((getattr(transformers, f"{export_as}Config"), getattr(transformers, export_as + head)))
+    return found
+
+
+def _write_plain(model: PreTrainedModel, config_class: type, model_class: type, edits: dict, folder: Path) -> None:
+    values = copy.deepcopy(model.config).to_dict() | edits
+    values.pop("pruned_units", None)
+    if config_class is not type(model.config):
+        known = config_class().to_dict().keys() | edits.keys()
+        values = {k: v for k, v in values.items() if k in known and k not in ("model_type", "architectures")}
+        values["sliding_window"] = None
+    config = config_class(**values)
+    with torch.device("meta"):
+        plain = model_class(config)
+    state = model.state_dict()
+    expected = {name: value.shape for name, value in plain.state_dict().items()}
+    differing = {n for n in expected.keys() | state.keys() if n not in state or expected.get(n) != state[n].shape}
+    if differing:
+        raise ValueError(f"{len(differing)} tensors do not fit, e.g. {min(differing)}")
+    plain.load_state_dict(state, assign=True)  # references: the weights exist once
+    plain.save_pretrained(folder)
+
+
+def _meta_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model that the config alone describes, on the meta device (no memory)."""
+    with torch.device("meta"):
+        return _dense_class(model)(model.config)
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
+    """Let `write` fill a temporary folder, then put it in the place of `folder`: all or nothing."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise FileExistsError(f"save_model: {folder} exists and is not empty; pass overwrite=True to replace it")
+        raise FileExistsError(f"{folder} exists and is not empty; pass overwrite=True to replace it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise OSError(f"save_model: cannot write to {folder.parent}: {error}") from error
+        raise OSError(f"cannot write to {folder.parent}: {error}") from error
     try:
-        state = {k: v if dtype is None else v.to(dtype) for k, v in model.state_dict().items()}
-        model.save_pretrained(partial, state_dict=state)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        _amend_config(partial / "config.json", model, dtype)
+        write(partial)
         if folder.is_dir():
             replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, replaced)
@@ -158,23 +356,57 @@ def save_model(
     return folder
 
 
-def _amend_config(path: Path, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    config = json.loads(path.read_text())
-    dense = {module.name: module.n_units for module in _dense_twin(model)}
-    units = {module.name: module.n_units for module in depth2_modules(model)}
-    config["pruned_units"] = {name: n for name, n in units.items() if n != dense[name]}
-    if not config["pruned_units"]:
-        del config["pruned_units"]
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+def _model_card(
+    model: PreTrainedModel,
+    units: Mapping[str, int],
+    dense: Mapping[str, int],
+    report: PruneReport | None,
+    details: Mapping[str, object],
+) -> str:
+    facts = {
+        "architecture": _dense_class(model).__name__,
+        "parameters": f"{model.num_parameters():,}",
+        "units left": f"{sum(units.values()):,} of {sum(dense.values()):,} (heads or KV groups, and FFN channels)",
+    }
+    if report is not None:
+        facts |= {
+            "ratio": f"{report.ratio} of the units of each module",
+            "criterion": report.criterion,
+            "reconstruction": f"{report.refit or 'none'}, damping {report.damp}",
+            "calibration": f"{report.tokens:,} tokens",
+        }
+    facts |= {key: str(value) for key, value in details.items()}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return _CARD.format(rows=rows)
 
 
-def _dense_twin(model: PreTrainedModel):
-    """The depth-2 modules that the config alone describes, on the meta device (no memory)."""
-    with torch.device("meta"):
-        base = AutoModelForCausalLM._model_mapping[type(model.config)]
-        return depth2_modules(base(model.config))
+_CARD = """---
+library_name: transformers
+tags: [structured-pruning, greedy-output-approximation]
+---
+# A pruned language model
+
+Whole attention heads and feed-forward channels were removed without retraining, after *Greedy Output Approximation*
+(Li, Dong, Lei; arXiv 2407.19126).
+
+| | |
+|---|---|
+{rows}
+
+The blocks may differ in size, so plain `from_pretrained` refuses the weights. `pruned.json` lists every module's size
+and the checksum of every file. To load:
+
+```python
+import greedy_helpers as gh
+
+model, tokenizer = gh.load_model("path or Hub id of this folder")
+```
+"""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def disk_bytes(folder: str | Path) -> int:

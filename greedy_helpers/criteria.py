@@ -54,10 +54,12 @@ def second_moment(module: Depth2Module, seen: Seen) -> Tensor:
     if module.kind == "attention":
         energy = columns * seen.level2.mean_square
         return energy[module.level2.index.to(energy.device)].sum(1)
-    scores = torch.ones(module.n_units, dtype=torch.float64, device=columns.device)
+    columns = columns[module.level2.index[:, 0].to(columns.device)]  # [n_units]
+    scores = torch.ones_like(columns)
     for group in module.level1.values():
         energy = _preactivation_energy(group.linear, seen.level1)
-        scores = scores * (columns * energy)[group.index[:, 0].to(columns.device)]
+        for path in group.index.T.to(energy.device):  # a fused gate_up has two channels per unit
+            scores = scores * columns * energy[path]
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
@@ -19,9 +20,10 @@ from .allocation import check_ratio, keep_top
 from .capture import BlockStream
 from .criteria import Criterion, Seen, second_moment
 from .evaluate import check_tokens
+from .families import Kind
 from .moments import Moments
 from .reconstruct import refit as refit_linears
-from .structure import Depth2Module, blocks_of, depth2_modules, weight_of
+from .structure import Depth2Module, blocks_of, depth2_modules, family_of, weight_of
 from .surgery import remove_units, undone_on_error
 
 Refit = Literal[None, "pre", "post", "both"]
@@ -70,11 +72,13 @@ class PruneReport:
         rows = [{k: v for k, v in vars(step).items() if k not in ("scores", "keep")} for step in self.steps]
         return pd.DataFrame(rows)
 
-    def to_dict(self) -> dict:
-        """Plain numbers, strings and lists, ready for JSON."""
+    def to_dict(self, tensors: bool = True) -> dict:
+        """Plain numbers, strings and lists, ready for JSON; without scores and kept units if not `tensors`."""
         steps = [
             {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(step).items()} for step in self.steps
         ]
+        if not tensors:
+            steps = [{k: v for k, v in step.items() if k not in ("scores", "keep")} for step in steps]
         return {**{k: v for k, v in vars(self).items() if k != "steps"}, "steps": steps}
 
 
@@ -86,6 +90,7 @@ def prune(
     criterion: Criterion = second_moment,
     refit: Refit = None,
     blocks: Iterable[int] | None = None,
+    kinds: Iterable[Kind] | None = None,
     damp: float = 1e-2,
     batch_size: int = 16,
     progress: bool = True,
@@ -106,6 +111,8 @@ def prune(
         ratio: share of units to remove from each module, in [0, 1); floor(ratio * units) go.
         criterion: (module, seen) -> scores [units], higher = keep.
         blocks: the blocks to prune (default: all). The paper leaves LLaMA's first four and last two alone.
+        kinds: the kinds of modules to prune, among `"attention"`, `"ffn"`, `"gated_ffn"`; default: all that can be
+            cut, with a warning if a kind has to stay whole in this family.
         damp: see :func:`~greedy_helpers.reconstruct.least_squares`.
         batch_size: windows per forward pass; changes memory and speed, not the result.
 
@@ -113,7 +120,7 @@ def prune(
         A report with one step per module.
 
     Raises:
-        UnknownFamily, TypeError, ValueError, IndexError: bad arguments, before anything is touched.
+        UnknownFamily, UnsupportedModule, TypeError, ValueError, IndexError: bad arguments, before anything is touched.
         FloatingPointError: NaN or Inf in weights or activations, naming the layer.
         Whatever is raised, or interrupted, the model is left as it was.
     """
@@ -122,7 +129,10 @@ def prune(
     if refit not in (None, "pre", "post", "both"):
         raise ValueError(f"prune: expected refit None, 'pre', 'post' or 'both', found {refit!r}")
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
-    modules = depth2_modules(model, chosen)  # refuses unknown families and blocks
+    modules = depth2_modules(model, chosen, kinds)  # refuses unknown families, blocks and kinds
+    if kinds is None:
+        for path, reason in family_of(model).whole.items():
+            warnings.warn(f"{model.config.model_type}: {path} stays whole: {reason}", stacklevel=2)
     _check_weights(model)
 
     was_training = model.training
@@ -135,7 +145,7 @@ def prune(
             dense = pruned.share()
             for index in range(max(chosen, default=-1) + 1):
                 block = blocks_of(model)[index]
-                modules = depth2_modules(model, [index]) if index in chosen else []
+                modules = depth2_modules(model, [index], kinds) if index in chosen else []
                 targets = [DenseTargets(module) for module in modules]
                 advance_dense(dense, block, index, targets)  # before anything in the block changes: no second copy
                 for module, target in zip(modules, targets, strict=True):

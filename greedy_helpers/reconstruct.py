@@ -45,7 +45,8 @@ def least_squares(
     new = w0
     if xx.diagonal().mean() > 0:  # an input that is always zero teaches nothing
         factor, failed = torch.linalg.cholesky_ex(xx + lam * torch.eye(d_x).to(xx))
-        if failed:
+        # Whether a singular matrix fails to factor is a matter of rounding; a vanishing pivot shows it anyway.
+        if failed or factor.diagonal().min() ** 2 <= torch.finfo(xx.dtype).eps * d_x * xx.diagonal().max():
             raise FloatingPointError(f"{moments.name}: X'X is singular with damp={damp}; expected a larger one")
         new = w0 + torch.cholesky_solve(xy - xx @ w0.T, factor).T
     if not new.isfinite().all():

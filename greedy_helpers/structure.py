@@ -8,22 +8,24 @@ its input channels out of level 2; nothing outside the module changes shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import FAMILIES, Family, Kind, ModuleLayout
-
-UNIT_AXES = ("kv", "unit")
+from .families import FAMILIES, REFUSED, UNIT_AXES, Family, Kind, ModuleLayout
 
 
 class UnknownFamily(ValueError):
     """The model's `model_type` has no entry in `greedy_helpers.families.FAMILIES`."""
+
+
+class UnsupportedModule(ValueError):
+    """A module, or a whole family, whose units cannot be cut without changing what the others compute."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,19 @@ class ChannelGroup:
         path: the layer's path in the model, e.g. `"model.layers.3.mlp.up_proj"`.
         linear: the layer itself, `nn.Linear` or GPT-2's `Conv1D`.
         side: level 1 loses outputs (`"out"`), level 2 loses inputs (`"in"`).
-        index: long [n_units, width] on the CPU; unit u owns the channels index[u].
+        index: long [n_units, width] on the CPU; unit u owns the channels index[u]. Channels that all units share
+            (key and value of multi-query attention) are in no row.
     """
 
     path: str
     linear: nn.Linear | Conv1D
     side: Literal["out", "in"]
     index: Tensor
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of the layer on that side, shared ones included."""
+        return weight_of(self.linear).shape[0 if self.side == "out" else 1]
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class Depth2Module:
         owner: the transformers module that holds the linears (and their head counts).
         level1: linear's name below the owner -> its channels; all read the same input.
         level2: the channels of the one linear that writes to the residual stream.
-        attributes: see :class:`~greedy_helpers.families.ModuleLayout`.
-        sizes: axis sizes of the layouts, e.g. `{"kv": 8, "group": 1, "dim": 32}`.
+        layout: the line of the family table it was made from.
+        sizes: axis sizes of the layouts besides the number of units, e.g. `{"group": 1, "dim": 32}`.
     """
 
     name: str
@@ -64,7 +72,7 @@ class Depth2Module:
     owner: nn.Module
     level1: dict[str, ChannelGroup]
     level2: ChannelGroup
-    attributes: dict[str, str]
+    layout: ModuleLayout
     sizes: dict[str, int]
 
     @property
@@ -81,46 +89,87 @@ def family_of(model: PreTrainedModel) -> Family:
     """The layouts of the model's family.
 
     Raises:
+        UnsupportedModule: a family that is refused by name, with the reason.
         UnknownFamily: naming the model type, the known ones, and how to add one.
     """
     model_type = getattr(model.config, "model_type", type(model).__name__)
-    if model_type not in FAMILIES:
-        raise UnknownFamily(
-            f"no layout for model type {model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
-            "Add a Family to FAMILIES in greedy_helpers/families.py, then run tests/test_surgery.py: "
-            "removing units has to equal zeroing them"
+    if model_type in REFUSED:
+        raise UnsupportedModule(
+            f"model type {model_type!r} is not supported: {REFUSED[model_type]}. A family whose blocks are attention "
+            "and dense FFNs can be added: see greedy_helpers.discover and CONTRIBUTING.md"
         )
-    return FAMILIES[model_type]
+    for key, family in FAMILIES.items():  # "type:flag" stands before "type"
+        name, _, flag = key.partition(":")
+        if name == model_type and (not flag or getattr(model.config, flag, False)):
+            return family
+    known = sorted({key.partition(":")[0] for key in FAMILIES})
+    raise UnknownFamily(
+        f"no layout for model type {model_type!r}; known: {', '.join(known)}. To add one: "
+        f"greedy_helpers.FAMILIES[{model_type!r}] = greedy_helpers.discover(model), or write a Family in "
+        "greedy_helpers/families.py; then run tests/test_families.py: removing units has to equal zeroing them"
+    )
+
+
+def blocks_path(model: PreTrainedModel, family: Family | None = None) -> str:
+    """Where the model's list of blocks is, e.g. `"model.layers"`, or `"layers"` for a model without a head."""
+    prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
+    return ".".join(filter(None, [prefix, (family or family_of(model)).blocks]))
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The model's transformer blocks, in execution order."""
-    return model.get_submodule(family_of(model).blocks)
+    return model.get_submodule(blocks_path(model))
 
 
-def depth2_modules(model: PreTrainedModel, blocks: Iterable[int] | None = None) -> list[Depth2Module]:
-    """All depth-2 modules in execution order (attention, FFN, attention, ...), or those of some blocks.
+def depth2_modules(
+    model: PreTrainedModel,
+    blocks: Iterable[int] | None = None,
+    kinds: Iterable[Kind] | None = None,
+    *,
+    family: Family | None = None,
+) -> list[Depth2Module]:
+    """All depth-2 modules in execution order (attention, FFN, attention, ...), or those of some blocks or kinds.
 
     Unit counts are read off the weights, so this works on dense and pruned models alike.
 
+    Args:
+        blocks: block numbers; default: all.
+        kinds: some of `"attention"`, `"ffn"`, `"gated_ffn"`; default: all that can be cut.
+        family: the layouts to use instead of the table's.
+
     Raises:
         UnknownFamily: the model's type is not in the table.
+        UnsupportedModule: a refused family, or `kinds` asks for attention in a family whose heads are coupled.
         IndexError: a block that the model does not have.
-        ValueError: a weight whose channels do not factor into its layout; the layer is named.
+        ValueError: a kind that does not exist, or a weight whose channels do not factor into its layout.
     """
-    family, found = family_of(model), []
-    n_blocks = len(blocks_of(model))
+    family = family or family_of(model)
+    path, found = blocks_path(model, family), []
+    n_blocks = len(model.get_submodule(path))
+    kinds = set(get_args(Kind)) if kinds is None else _check_kinds(kinds, family, model)
     for block in range(n_blocks) if blocks is None else blocks:
         if not 0 <= block < n_blocks:
             raise IndexError(f"depth2_modules: expected blocks in [0, {n_blocks}), found {block}")
         for layout in family.modules:
-            found.append(_module(model, layout, f"{family.blocks}.{block}.{layout.owner}", block))
+            if layout.kind in kinds:
+                name = ".".join(filter(None, [path, str(block), layout.owner]))
+                found.append(_module(model, layout, name, block))
     return found
+
+
+def _check_kinds(kinds: Iterable[Kind], family: Family, model: PreTrainedModel) -> set[Kind]:
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+    if not kinds <= set(get_args(Kind)):
+        raise ValueError(f"expected kinds among {get_args(Kind)}, found {sorted(kinds)}")
+    if "attention" in kinds and family.whole and not any(layout.kind == "attention" for layout in family.modules):
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in family.whole.items())
+        raise UnsupportedModule(f"{model.config.model_type}: attention has to stay whole ({reasons})")
+    return kinds
 
 
 def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int) -> Depth2Module:
     owner = model.get_submodule(name)
-    sizes = {"dim": getattr(owner, "head_dim", 1), "group": getattr(owner, "num_key_value_groups", 1)}
+    sizes = {axis: _axis_size(owner, where) for axis, where in layout.sizes.items()}
 
     def group(linear_name: str, text: str, side: Literal["out", "in"]) -> ChannelGroup:
         linear, path = owner.get_submodule(linear_name), f"{name}.{linear_name}"
@@ -133,15 +182,26 @@ def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int)
     counts = {g.path: len(g.index) for g in [*level1.values(), level2]}
     if len(set(counts.values())) != 1:
         raise ValueError(f"{name}: expected the same number of units in every linear, found {counts}")
-    sizes |= {axis: len(level2.index) for axis in UNIT_AXES}
-    return Depth2Module(name, layout.kind, block, owner, level1, level2, layout.attributes, sizes)
+    return Depth2Module(name, layout.kind, block, owner, level1, level2, layout, sizes)
+
+
+def _axis_size(owner: nn.Module, where: str) -> int:
+    """`"self.head_dim"` or `"num_heads // num_kv_heads"` read off the owner; 1 where there is no such attribute."""
+    values = []
+    for path in where.split(" // "):
+        *parents, name = path.split(".")
+        found = owner
+        for parent in parents:
+            found = getattr(found, parent)
+        values.append(getattr(found, name, 1))
+    return values[0] if len(values) == 1 else values[0] // values[1]
 
 
 def channel_index(layout: str, n_channels: int, path: str = "layer", **sizes: int) -> Tensor:
     """Which channels each unit owns: long [n_units, width].
 
     `layout` is a line of the table in families.py, `sizes` the sizes of its axes except the unit axis, whose size
-    follows from `n_channels`.
+    follows from `n_channels`. Stretches without a unit axis belong to nobody.
 
     >>> channel_index("kv dim | kv dim", 8, dim=2)
     tensor([[0, 1, 4, 5],
@@ -151,22 +211,40 @@ def channel_index(layout: str, n_channels: int, path: str = "layer", **sizes: in
         ValueError: `n_channels` is not a multiple of the channels of one unit.
     """
     stretches = [stretch.split() for stretch in layout.split("|")]
-    per_unit = sum(math.prod(sizes[axis] for axis in axes if axis not in UNIT_AXES) for axes in stretches)
-    n_units, left_over = divmod(n_channels, per_unit)
-    if left_over or n_units == 0:
+    per_unit = shared = 0
+    for axes in stretches:
+        width = math.prod(_size(axis, sizes) for axis in axes if axis not in UNIT_AXES)
+        per_unit, shared = (per_unit, shared + width) if _unit_axis(axes) is None else (per_unit + width, shared)
+    n_units, left_over = divmod(n_channels - shared, per_unit)
+    if left_over or n_units <= 0:
+        beside = f" beside {shared} shared ones" if shared else ""
         raise ValueError(
-            f"{path}: expected a positive multiple of {per_unit} channels (layout {layout!r}, "
+            f"{path}: expected a positive multiple of {per_unit} channels{beside} (layout {layout!r}, "
             f"{', '.join(f'{axis}={size}' for axis, size in sizes.items())}), found {n_channels}"
         )
     columns, start = [], 0
     for axes in stretches:
-        shape = [n_units if axis in UNIT_AXES else sizes[axis] for axis in axes]
-        # on the CPU even while a model is being built on the meta device (loading a pruned checkpoint)
-        channels = torch.arange(start, start + math.prod(shape), device="cpu").view(shape)
-        unit_axis = next(i for i, axis in enumerate(axes) if axis in UNIT_AXES)
-        columns.append(channels.movedim(unit_axis, 0).reshape(n_units, -1))
+        shape = [n_units if axis in UNIT_AXES else _size(axis, sizes) for axis in axes]
+        if (unit_axis := _unit_axis(axes)) is not None:
+            # on the CPU even while a model is being built on the meta device (loading a pruned checkpoint)
+            channels = torch.arange(start, start + math.prod(shape), device="cpu").view(shape)
+            columns.append(channels.movedim(unit_axis, 0).reshape(n_units, -1))
         start += math.prod(shape)
     return torch.cat(columns, dim=1)
+
+
+def _unit_axis(axes: list[str]) -> int | None:
+    return next((i for i, axis in enumerate(axes) if axis in UNIT_AXES), None)
+
+
+def product(axes: str, sizes: Mapping[str, int]) -> int:
+    """The size of `"kv group dim"`: what attributes and configs say about several axes at once."""
+    return math.prod(_size(axis, sizes) for axis in axes.split())
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    """The size of `"dim"`, `"3"` or `"group+2"`."""
+    return sum(int(term) if term.isdigit() else sizes[term] for term in axis.split("+"))
 
 
 def weight_of(linear: nn.Linear | Conv1D) -> Tensor:

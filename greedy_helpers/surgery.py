@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from .structure import Depth2Module, set_weight, weight_of
+from .capture import slice_head_inputs
+from .families import UNIT_AXES
+from .structure import Depth2Module, channel_index, product, set_weight, weight_of
 
 
 def check_units(module: Depth2Module, units: Tensor, least: int, most: int) -> Tensor:
@@ -52,19 +54,66 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
         TypeError, IndexError, ValueError: see :func:`check_units`; the module is then untouched.
     """
     keep = check_units(module, keep, least=1, most=module.n_units)
+    gone = torch.ones(module.n_units, dtype=torch.bool, device="cpu")
+    gone[keep] = False
     planned = []
     for group in module.groups:  # plan everything before changing anything
         weight, bias = weight_of(group.linear), group.linear.bias
-        channels = torch.sort(group.index[keep].flatten()).values.to(weight.device)
+        stays = torch.ones(group.n_channels, dtype=torch.bool, device="cpu")
+        stays[group.index[gone].flatten()] = False  # by what goes: channels that no unit owns stay
+        channels = stays.nonzero().flatten().to(weight.device)
         if group.side == "out":
             planned.append((group.linear, weight[channels], None if bias is None else bias[channels]))
         else:
             planned.append((group.linear, weight[:, channels], None))
+    lists = {path: _kept_entries(module, path, text, keep) for path, text in module.layout.lists.items()}
     for linear, weight, bias in planned:
         set_weight(linear, weight, bias)
-    sizes = module.sizes | {"kv": len(keep), "unit": len(keep)}
-    for attribute, product in module.attributes.items():
-        setattr(module.owner, attribute, math.prod(sizes[axis] for axis in product.split()))
+    for path, entries in lists.items():
+        if entries is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(module.owner.get_submodule(parent), name, entries)
+    sizes = module.sizes | dict.fromkeys(UNIT_AXES, len(keep))
+    for attribute, axes in module.layout.attributes.items():
+        _set_attribute(module.owner, attribute, product(axes, sizes))
+    if module.layout.head_inputs:
+        slice_head_inputs(module.owner, module.layout.head_inputs, keep, module.n_units, module.sizes.get("group", 1))
+
+
+def _kept_entries(module: Depth2Module, path: str, layout: str, keep: Tensor) -> nn.ModuleList | None:
+    """The entries of a ModuleList (one per head) that stay; None if the model has no such list."""
+    try:
+        entries = module.owner.get_submodule(path)
+    except AttributeError:
+        return None
+    index = channel_index(layout, len(entries), f"{module.name}.{path}", **module.sizes)
+    return nn.ModuleList([entries[i] for i in index[keep].flatten().tolist()])
+
+
+class _ConfigView:
+    """A config of which one module reads some values differently; everything else is the model's own, live.
+
+    A copy would stop following the model: `set_attn_implementation` has to reach every module.
+    """
+
+    def __init__(self, config: PreTrainedConfig, **values: int) -> None:
+        vars(self).update(_config=config, **values)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "_config":  # copy and pickle ask before there is a config
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def _set_attribute(owner: nn.Module, attribute: str, value: int) -> None:
+    if attribute.startswith("config."):
+        config = owner.config
+        if isinstance(config, _ConfigView):
+            config = config._config
+        owner.config = _ConfigView(config, **{attribute.removeprefix("config."): value})
+    else:
+        parent, _, name = attribute.rpartition(".")
+        setattr(owner.get_submodule(parent), name, value)
 
 
 @torch.no_grad()
@@ -84,19 +133,27 @@ def zero_units(module: Depth2Module, units: Tensor) -> None:
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every parameter and size of `model` back if the body raises (or is interrupted).
+    """Put every parameter, buffer, submodule, hook and size of `model` back if the body raises or is interrupted.
 
     Holds references, not copies: it costs nothing but the memory of the old weights until the body ends. Works
     because weights are replaced and never written into.
     """
+    # Whatever surgery changes is an entry of a module's __dict__ or of one of the dicts in it.
     before = [
-        (module, dict(module._parameters), {k: v for k, v in vars(module).items() if isinstance(v, int | float)})
+        (module, {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()})
         for module in model.modules()
     ]
     try:
         yield
     except BaseException:
-        for module, parameters, numbers in before:
-            module._parameters.update(parameters)
-            vars(module).update(numbers)
+        for module, state in before:
+            for key, value in state.items():
+                if isinstance(value, dict):  # in place: torch holds on to these very dicts
+                    current = vars(module)[key]
+                    current.clear()
+                    current.update(value)
+                else:
+                    vars(module)[key] = value
+            for key in vars(module).keys() - state.keys():
+                del vars(module)[key]
         raise

@@ -13,9 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import VOCABULARY, tiny_model
 
-VOCABULARY = 96
 TINY = ("llama", "llama-gqa", "gpt2")
 
 
@@ -23,31 +22,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if hasattr(item, "output_timeout"):
             item.output_timeout = 120  # nbval waits a hard-coded 5 s for outputs: too short on a busy machine
-
-
-def tiny_model(name: str, dtype: torch.dtype = torch.float64):
-    """Two blocks, width 48, weights large enough that a wrong channel shows: random biases and norms too."""
-    torch.manual_seed(0)
-    if name == "gpt2":
-        config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_inner=80, n_positions=64, initializer_range=0.2,
-            resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
-        model = GPT2LMHeadModel(config)
-    else:
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2 if name == "llama-gqa" else 4, head_dim=12, max_position_embeddings=64,
-            initializer_range=0.2, bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "bias" in parameter_name:
-                parameter.normal_(0, 0.3)
-            elif parameter.ndim == 1:  # norms
-                parameter.uniform_(0.7, 1.3)
-    return model.to(dtype).eval()
 
 
 @pytest.fixture(params=TINY)

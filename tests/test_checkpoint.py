@@ -7,10 +7,20 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, VOCABULARY, tiny_model
+from conftest import TINY
 from safetensors.torch import load_file
+from tiny import VOCABULARY, tiny_model
 
-from greedy_helpers import count_parameters, depth2_modules, disk_bytes, load_model, prune, remove_units, save_model
+from greedy_helpers import (
+    count_parameters,
+    depth2_modules,
+    disk_bytes,
+    load_model,
+    load_pruned,
+    prune,
+    remove_units,
+    save_pruned,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,7 @@ def pruned_model(name, dtype=torch.float32):
 @pytest.mark.parametrize("name", TINY)
 def test_same_logits_after_reload(name, tmp_path, tokenizer, tokens):
     model = pruned_model(name)
-    folder = save_model(model, tmp_path / "pruned", tokenizer)
+    folder = save_pruned(model, tmp_path / "pruned", tokenizer)
     again, _ = load_model(folder, device="cpu")
     assert not again.training
     with torch.no_grad():
@@ -42,7 +52,7 @@ def test_same_logits_after_reload(name, tmp_path, tokenizer, tokens):
 
 def test_reload_in_a_fresh_process(tmp_path, tokenizer, tokens):
     model = pruned_model("gpt2")
-    save_model(model, tmp_path / "pruned", tokenizer)
+    save_pruned(model, tmp_path / "pruned", tokenizer)
     script = (
         "import sys, torch; from greedy_helpers import load_model\n"
         "model, _ = load_model(sys.argv[1], device='cpu')\n"
@@ -56,10 +66,10 @@ def test_reload_in_a_fresh_process(tmp_path, tokenizer, tokens):
 
 
 def test_prune_again_after_reload_and_save_again(tmp_path, tokenizer, tokens):
-    save_model(pruned_model("llama-gqa"), tmp_path / "once", tokenizer)
+    save_pruned(pruned_model("llama-gqa"), tmp_path / "once", tokenizer)
     model, _ = load_model(tmp_path / "once", device="cpu")
     prune(model, torch.randint(0, VOCABULARY, (8, 24)), 0.5, refit="both", progress=False)
-    save_model(model, tmp_path / "twice", tokenizer)
+    save_pruned(model, tmp_path / "twice", tokenizer)
     again, _ = load_model(tmp_path / "twice", device="cpu")
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
@@ -67,15 +77,15 @@ def test_prune_again_after_reload_and_save_again(tmp_path, tokenizer, tokens):
 
 
 def test_a_dense_model_stays_a_plain_transformers_folder(tmp_path, tokenizer):
-    save_model(tiny_model("llama", torch.float32), tmp_path / "dense", tokenizer)
+    save_pruned(tiny_model("llama", torch.float32), tmp_path / "dense", tokenizer)
     assert "pruned_units" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     assert load_model(tmp_path / "dense", device="cpu")[0].num_parameters() == tiny_model("llama").num_parameters()
 
 
 def test_float16_on_disk_is_half_the_bytes(tmp_path, tokenizer):
     model = pruned_model("llama")
-    save_model(model, tmp_path / "full", tokenizer)
-    save_model(model, tmp_path / "half", tokenizer, dtype=torch.float16)
+    save_pruned(model, tmp_path / "full", tokenizer)
+    save_pruned(model, tmp_path / "half", tokenizer, dtype=torch.float16)
     assert disk_bytes(tmp_path / "half") == pytest.approx(disk_bytes(tmp_path / "full") / 2, rel=0.05)
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
@@ -89,15 +99,15 @@ def test_an_existing_folder_is_not_overwritten_unless_asked(tmp_path, tokenizer)
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        save_model(tiny_model("llama", torch.float32), folder, tokenizer)
+        save_pruned(tiny_model("llama", torch.float32), folder, tokenizer)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
-    save_model(tiny_model("llama", torch.float32), folder, tokenizer, overwrite=True)
+    save_pruned(tiny_model("llama", torch.float32), folder, tokenizer, overwrite=True)
     assert "thesis.txt" not in os.listdir(folder)
     assert os.listdir(tmp_path) == ["mine"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, tokenizer, monkeypatch):
-    folder = save_model(tiny_model("llama", torch.float32), tmp_path / "model", tokenizer)
+    folder = save_pruned(tiny_model("llama", torch.float32), tmp_path / "model", tokenizer)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def disk_full(*args, **kwargs):
@@ -105,7 +115,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, tokenizer, monkeypatc
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_model(pruned_model("llama"), folder, tokenizer, overwrite=True)
+        save_pruned(pruned_model("llama"), folder, tokenizer, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(tmp_path) == ["model"]
 
@@ -113,33 +123,109 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, tokenizer, monkeypatc
 def test_a_place_that_cannot_be_written(tmp_path, tokenizer):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="cannot write to"):
-        save_model(tiny_model("llama", torch.float32), tmp_path / "file" / "model", tokenizer)
+        save_pruned(tiny_model("llama", torch.float32), tmp_path / "file" / "model", tokenizer)
     assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
 def test_half_a_checkpoint_is_refused(lost, tmp_path, tokenizer):
-    folder = save_model(pruned_model("llama"), tmp_path / "model", tokenizer)
+    folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
     (folder / lost).unlink()
     with pytest.raises(FileNotFoundError, match=r"not a complete model folder: expected config\.json and"):
         load_model(folder)
 
 
 def test_a_cut_off_weight_file_is_refused(tmp_path, tokenizer):
-    folder = save_model(pruned_model("llama"), tmp_path / "model", tokenizer)
+    folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that was saved: expected SHA-256"):
+        load_model(folder)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit, the same length
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that was saved"):
+        load_pruned(folder)
+    load_pruned(folder, verify=False)
+
+
+def test_a_cut_off_weight_file_of_a_dense_model_is_refused(tmp_path, tokenizer):
+    folder = save_pruned(tiny_model("llama", torch.float32), tmp_path / "model", tokenizer)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(FileNotFoundError, match="is not a complete model folder"):
         load_model(folder)
 
 
-def test_a_manifest_that_does_not_fit(tmp_path, tokenizer):
-    folder = save_model(pruned_model("llama"), tmp_path / "model", tokenizer)
+@pytest.mark.parametrize("name", ["adapter.safetensors", "pytorch_model.bin"])
+def test_weight_files_that_do_not_belong_are_refused(name, tmp_path, tokenizer):
+    folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
+    (folder / name).write_bytes(b"from elsewhere")
+    with pytest.raises(ValueError, match=f"not saved with it: {name}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (None, r"has no pruned\.json"),
+        ("half a manif", "is not JSON"),
+        ("[]", "expected a manifest of .*'version': 1.*found .*None"),
+        ('{"format": "greedy_helpers pruned model", "version": 2}', "found .*'version': 2"),
+    ],
+)
+def test_foreign_manifests_are_refused(manifest, message, tmp_path, tokenizer):
+    folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
+    (folder / "pruned.json").unlink()
+    if manifest is not None:
+        (folder / "pruned.json").write_text(manifest)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_loading_reads_no_pickle(tmp_path, tokenizer, monkeypatch):
+    folder = save_pruned(pruned_model("gpt2"), tmp_path / "model", tokenizer)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    load_pruned(folder)
+
+
+def test_without_a_tokenizer(tmp_path):
+    save_pruned(pruned_model("llama"), tmp_path / "model")
+    assert load_model(tmp_path / "model")[1] is None
+
+
+def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, tokens):
+    model = tiny_model("llama", torch.float32)
+    report = prune(model, tokens, 0.25, refit="both", progress=False)
+    folder = save_pruned(model, tmp_path / "model", tokenizer, report=report, details={"perplexity before": 14.25})
+    manifest = json.loads((folder / "pruned.json").read_text())
+    assert manifest["units"]["model.layers.1.mlp"] == {"dense": 80, "left": 60}
+    assert manifest["report"]["ratio"] == 0.25
+    assert [step["units_after"] for step in manifest["report"]["steps"]] == [3, 60, 3, 60]
+    card = (folder / "README.md").read_text()
+    for fact in ("| ratio | 0.25 of", "| criterion | second_moment |", "| calibration | 144 tokens |", "| 14.25 |"):
+        assert fact in card
+
+
+def test_tied_weights_stay_tied(tmp_path, tokenizer, tokens):
+    model = pruned_model("gpt2")
+    again, _ = load_model(save_pruned(model, tmp_path / "model", tokenizer), device="cpu")
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_sizes_that_do_not_fit(tmp_path, tokenizer):
+    folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
     config = json.loads((folder / "config.json").read_text())
     config["pruned_units"] = {"model.layers.7.mlp": 3}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"names the pruned module 'model\.layers\.7\.mlp', which the model lacks"):
-        load_model(folder)
+    with pytest.raises(ValueError, match=r"names the module 'model\.layers\.7\.mlp', which the model lacks"):
+        load_pruned(folder, verify=False)
+    with pytest.raises(ValueError, match=r"config\.json is not the file that was saved"):
+        load_pruned(folder)
 
 
 @pytest.mark.parametrize("name", ["openai-community/gpt2", "no-such-model", "./no/such/folder", "/no/such/folder"])

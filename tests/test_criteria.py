@@ -5,7 +5,7 @@ from itertools import repeat
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 
 from greedy_helpers import (
     BlockStream,

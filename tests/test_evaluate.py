@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from tiny import VOCABULARY, tiny_model
 
 from greedy_helpers import (
     compare_latency,

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import VOCABULARY, assert_untouched, state_of, tiny_model
+from conftest import assert_untouched, state_of
+from tiny import VOCABULARY, tiny_model
 
 from greedy_helpers import (
     blocks_of,

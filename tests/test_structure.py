@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
-from transformers import BertConfig, BertModel
+from tiny import tiny_model
+from transformers import XLMConfig, XLMModel
 
 from greedy_helpers import UnknownFamily, depth2_modules, set_weight, weight_of
 from greedy_helpers.structure import channel_index
@@ -13,6 +13,9 @@ def test_channel_index_by_hand():
     assert channel_index("unit", 3).tolist() == [[0], [1], [2]]
     assert channel_index("kv dim", 6, dim=2).tolist() == [[0, 1], [2, 3], [4, 5]]
     assert channel_index("kv group dim", 8, group=2, dim=2).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert channel_index("kv 3 dim", 6, dim=1).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert channel_index("kv group+2 dim", 8, group=2, dim=1).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert channel_index("head dim | dim | dim", 8, dim=2).tolist() == [[0, 1], [2, 3]]  # 4..7 belong to nobody
     fused = channel_index("kv dim | kv dim | kv dim", 12, dim=2).tolist()
     assert fused == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
 
@@ -45,9 +48,9 @@ def test_some_blocks_only():
 
 
 def test_unknown_family_is_refused_by_name():
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
-    with pytest.raises(UnknownFamily, match=r"'bert'; known: gpt2, llama.*families\.py"):
-        depth2_modules(BertModel(config))
+    config = XLMConfig(emb_dim=16, n_layers=1, n_heads=2, n_words=9)
+    with pytest.raises(UnknownFamily, match=r"'xlm'; known: bert, .*FAMILIES\['xlm'\] = .*discover.*families\.py"):
+        depth2_modules(XLMModel(config))
 
 
 def test_set_weight_checks_before_it_changes():

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TINY, assert_untouched, state_of, tiny_model
+from conftest import TINY, assert_untouched, state_of
+from tiny import tiny_model
 
 from greedy_helpers import depth2_modules, remove_units, undone_on_error, weight_of, zero_units
 
