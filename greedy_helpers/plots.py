@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 _HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
@@ -69,4 +71,47 @@ def error_by_module(ax: Axes, errors: Mapping[str, Sequence[float]], names: Sequ
     ax.set_ylabel("relative output error")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
+    return ax
+
+
+def coupling_matrix(ax: Axes, coupled: Mapping[str, np.ndarray], pieces: Sequence[Sequence[int]] | None = None) -> Axes:
+    """Which inputs of one linear (rows) depend on which outputs of the linears before it (columns).
+
+    `coupled` maps a writer's short name to bool [d_in, d_out]. With `pieces` (input channels per unit) every unit gets
+    a colour; without, everything that is coupled is grey.
+    """
+    d_in = next(iter(coupled.values())).shape[0]
+    unit_of = np.full(d_in, -1)
+    for unit, channels in enumerate(pieces if pieces is not None else []):
+        unit_of[list(channels)] = unit
+    palette = np.array([to_rgb(color) for color in (*PALETTE[:6], "#999999")])
+    row_colors = palette[np.where(unit_of < 0, -1, unit_of % 6)]  # [d_in, 3]
+    start, edges = 0, []
+    for rows in coupled.values():
+        picture = np.where(rows[:, :, None], row_colors[:, None, :], 1.0)
+        ax.imshow(picture, extent=(start, start + rows.shape[1], d_in, 0), aspect="auto", interpolation="nearest")
+        edges.append(start)
+        start += rows.shape[1]
+    for edge in edges[1:]:
+        ax.axvline(edge, color="black", linewidth=1)
+    widths = [rows.shape[1] for rows in coupled.values()]
+    ax.set_xticks([e + w / 2 for e, w in zip(edges, widths, strict=True)], list(coupled))
+    ax.tick_params(axis="x", length=0)
+    ax.set_xlim(0, start)
+    ax.set_ylim(d_in, 0)
+    ax.spines[["top", "right"]].set_visible(True)
+    return ax
+
+
+def who_hears_whom(ax: Axes, hears: np.ndarray, names: Sequence[str]) -> Axes:
+    """Linears against linears: bool [reader, writer], in order of execution, with their short `names`."""
+    ax.imshow(np.where(hears[:, :, None], to_rgb(PALETTE[0]), 1.0), interpolation="nearest")
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_xticks(np.arange(len(names)) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(names)) - 0.5, minor=True)
+    ax.grid(which="minor", color="#dddddd", linewidth=0.5)
+    ax.tick_params(which="both", length=0)
+    ax.set_xlabel("writer")
+    ax.set_ylabel("reader")
     return ax
