@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 END = "<|endoftext|>"
 VOCABULARY = 4096
 WINDOW = 256
+PROMPT = "import os\n\ndef read_lines(path):\n    with open("  # what the model card shows a continuation of
 # Packages whose docstrings are long and in plain English; a cap each, so that no package's house style dominates.
 PACKAGES = (
     "torch transformers scipy sympy pandas networkx numpy matplotlib huggingface_hub datasets debugpy pip fontTools "
@@ -256,7 +257,7 @@ def export(args, model, tokenizer, held_out, out, steps, seconds, history) -> No
     rounded = model.half().float().eval()
     found = {domain: perplexity(rounded, tokens) for domain, tokens in held_out.items()}
     counted = {domain: tokens.numel() for domain, tokens in held_out.items()}
-    prompt = tokenizer("def read_lines(path):\n", return_tensors="pt").to(rounded.device)
+    prompt = tokenizer(PROMPT, return_tensors="pt").to(rounded.device)
     continued = rounded.generate(**prompt, max_new_tokens=80, do_sample=False, repetition_penalty=1.1)
     record = {
         "model": args.name,
@@ -306,7 +307,7 @@ English of Python's documentation. It is not useful for anything else.
 | held-out perplexity (windows of 256, all {held_out_tokens[code]:,} / {held_out_tokens[prose]:,} tokens) | code {perplexity[code]:.2f}, prose {perplexity[prose]:.2f} |
 
 Every setting and the learning curve are in `training.json`; `data/train.py` repeats the run.
-Greedy continuation (repetition penalty 1.1) of `def read_lines(path):`
+Greedy continuation (repetition penalty 1.1) of the first four lines, up to `open(`:
 
 ```python
 {continued}

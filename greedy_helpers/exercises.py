@@ -110,9 +110,6 @@ def check_pieces(pieces: Callable[[Tensor], Tensor]) -> str:
         _expect(
             torch.equal(same, together),
             f"{name}: expected {len(units.inputs) if units else 1} pieces, found {len(found.unique())}"
-            + (
-                ". Neighbours of neighbours belong to the same piece: repeat until nothing changes"
-                * (name == "a chain")
-            ),
+            + hint * (name == "a chain"),
         )
     return "correct: heads, chains and single channels"
