@@ -17,7 +17,7 @@ from .data import (
     pack,
     python_corpus,
 )
-from .discover import coupling, discover, tiny_twin
+from .discover import Units, coupling, discover, find_units, linears_of, tiny_twin
 from .evaluate import compare_latency, count_parameters, generate_text, perplexity
 from .families import FAMILIES, Family, ModuleLayout
 from .moments import Moments
@@ -29,7 +29,10 @@ from .structure import (
     UnknownFamily,
     UnsupportedModule,
     blocks_of,
+    blocks_path,
+    channel_index,
     depth2_modules,
+    family_of,
     set_weight,
     weight_of,
 )
@@ -51,10 +54,13 @@ __all__ = [
     "PruneReport",
     "PruneStep",
     "Seen",
+    "Units",
     "UnknownFamily",
     "UnsupportedModule",
     "blocks_of",
+    "blocks_path",
     "calibration_tokens",
+    "channel_index",
     "compare_latency",
     "count_parameters",
     "coupling",
@@ -65,9 +71,12 @@ __all__ = [
     "documents",
     "evaluation_tokens",
     "export_plain",
+    "family_of",
+    "find_units",
     "generate_text",
     "keep_top",
     "least_squares",
+    "linears_of",
     "load_model",
     "load_pruned",
     "module_moments",

@@ -28,6 +28,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if "solution" in cell.metadata.get("tags", []):
+            cell.metadata["jupyter"] = {"source_hidden": True}  # folded until the reader opens it
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     notebook.metadata = _METADATA | {"language_info": {"name": "python"}}
