@@ -1,9 +1,21 @@
-"""How many units each module loses, and which: uniform ratios."""
+"""How many units each module loses, and which: uniform ratios, protected blocks, budgets spread over the whole model.
+
+A *plan* maps module names to the number of units they keep; :func:`~greedy_helpers.prune.prune` takes one in the place
+of a ratio. Ratios are of units by default; budgets are counted in parameters.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from .evaluate import count_parameters
+from .structure import Depth2Module, blocks_of, depth2_modules, weight_of
+
+Plan = Mapping[str, int]
 
 
 def check_ratio(ratio: float) -> float:
@@ -17,6 +29,11 @@ def check_ratio(ratio: float) -> float:
     return float(ratio)
 
 
+def n_removed(n_units: int, ratio: float) -> int:
+    """floor(ratio * n_units), safe against rounding: 0.3 * 10 is 2.999...96 in floating point."""
+    return int(check_ratio(ratio) * n_units + 1e-9)
+
+
 def keep_top(scores: Tensor, ratio: float) -> Tensor:
     """The units to keep: sorted long [n_keep]. Removes the floor(ratio * n) lowest, so never more than asked.
 
@@ -26,9 +43,152 @@ def keep_top(scores: Tensor, ratio: float) -> Tensor:
         ValueError: ratio outside [0, 1).
         FloatingPointError: a score is NaN.
     """
-    check_ratio(ratio)
+    return keep_best(scores, len(scores) - n_removed(len(scores), ratio))
+
+
+def keep_best(scores: Tensor, n_keep: int) -> Tensor:
+    """The `n_keep` highest of `scores`: sorted long [n_keep]. Equal scores: the earlier unit stays.
+
+    Raises:
+        ValueError: n_keep outside [1, n].
+        FloatingPointError: a score is NaN.
+    """
+    if not 1 <= n_keep <= len(scores):
+        raise ValueError(f"expected to keep between 1 and {len(scores)} units, found {n_keep}")
     if scores.isnan().any():
         raise FloatingPointError(f"expected a number for every unit, found {int(scores.isnan().sum())} NaN scores")
-    n_keep = len(scores) - int(ratio * len(scores) + 1e-9)  # 0.3 * 10 is 2.999...96 in floating point
     order = torch.argsort(scores.cpu(), descending=True, stable=True)
     return torch.sort(order[:n_keep]).values
+
+
+def middle_blocks(model: PreTrainedModel, first: int = 4, last: int = 2) -> range:
+    """All blocks but the `first` and `last` few: LLM-Pruner's and the paper's convention, [4, 30) of LLaMA's 32.
+
+    Raises:
+        ValueError: no block would be left.
+    """
+    n_blocks = len(blocks_of(model))
+    if first < 0 or last < 0 or first + last >= n_blocks:
+        raise ValueError(f"middle_blocks: expected to protect fewer than all {n_blocks} blocks, found {first} + {last}")
+    return range(first, n_blocks - last)
+
+
+def unit_parameters(module: Depth2Module) -> int:
+    """Parameters that go with one unit: its rows of level 1 with their biases, and its columns of level 2."""
+    total = 0
+    for group in module.groups:
+        d_out, d_in = weight_of(group.linear).shape
+        per_channel = d_in + (group.linear.bias is not None) if group.side == "out" else d_out
+        total += group.index.shape[1] * per_channel
+    return total
+
+
+def budget(model: PreTrainedModel, ratio: float, of: str = "blocks") -> int:
+    """The number of parameters to remove: a share of the blocks' parameters, or of `"all"`.
+
+    Papers mean different things by the same percentage; say which.
+
+    Raises:
+        ValueError: ratio outside [0, 1), or another `of`.
+    """
+    if of not in ("blocks", "all"):
+        raise ValueError(f"budget: expected a share of 'blocks' or of 'all' parameters, found {of!r}")
+    return round(check_ratio(ratio) * count_parameters(model)["total" if of == "all" else "blocks"])
+
+
+def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int) -> dict[str, int]:
+    """One ratio for all `modules`, the smallest that removes `n_parameters` or more.
+
+    Raises:
+        ValueError: the modules together do not have that many without losing their last units.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        plan = {m.name: m.n_units - min(m.n_units - 1, round(middle * m.n_units)) for m in modules}
+        low, high = (middle, high) if _removed(modules, plan) < n_parameters else (low, middle)
+    plan = {m.name: m.n_units - min(m.n_units - 1, round(high * m.n_units)) for m in modules}
+    _check_enough(modules, plan, n_parameters)
+    return plan
+
+
+def adaptive_plan(
+    modules: Sequence[Depth2Module], scores: Mapping[str, Tensor], n_parameters: int, floor: float = 0.05
+) -> dict[str, int]:
+    """One ranking over all modules (FLAP's AL-AM, section 3.3 of arXiv 2312.11983).
+
+    Scores are standardised inside each module, as their scales are not comparable, and the lowest units of the whole
+    model go until `n_parameters` are gone: the cheapest overshoot, less than one unit. A unit counts with its exact
+    number of parameters (the published code takes a head for 170 FFN channels, whatever the model).
+
+    Args:
+        scores: module name -> scores [n_units], taken on the dense model, see
+            :func:`~greedy_helpers.prune.scores_of`.
+        floor: the share of units every module keeps (at least one); the published code has none and may remove all.
+
+    Raises:
+        KeyError: a module without scores.
+        ValueError: more parameters than the floor leaves to remove.
+    """
+    candidates = []
+    for module in modules:
+        values = scores[module.name].double().cpu()
+        spread = values.std() if len(values) > 1 else torch.tensor(0.0)
+        standard = (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
+        n_free = module.n_units - max(1, round(floor * module.n_units))
+        cost = unit_parameters(module)
+        candidates += [(value, cost, module.name) for value in standard.sort().values[:n_free].tolist()]
+    plan, removed = {module.name: module.n_units for module in modules}, 0
+    for _, cost, name in sorted(candidates):
+        if removed >= n_parameters:
+            break
+        plan[name] -= 1
+        removed += cost
+    _check_enough(modules, plan, n_parameters)
+    return plan
+
+
+def redundancy_plan(
+    modules: Sequence[Depth2Module], redundant: Mapping[str, Sequence[int]], n_parameters: int
+) -> dict[str, int]:
+    """Attention loses what similarity found redundant (tau sets the number), the FFNs share the rest equally.
+
+    Args:
+        redundant: attention module's name -> its redundant units, see
+            :func:`~greedy_helpers.similarity.redundant_heads`.
+
+    Raises:
+        ValueError: the heads alone exceed the budget, or the FFNs cannot fill it.
+    """
+    attention = [m for m in modules if m.kind == "attention"]
+    plan = {m.name: max(1, m.n_units - len(redundant.get(m.name, ()))) for m in attention}
+    left = n_parameters - _removed(attention, plan)
+    if left < 0:
+        raise ValueError(
+            f"redundancy_plan: the redundant heads hold {n_parameters - left:,} parameters, more than the budget of "
+            f"{n_parameters:,}; expected a smaller tau or a larger ratio"
+        )
+    return plan | uniform_plan([m for m in modules if m.kind != "attention"], left)
+
+
+def _removed(modules: Sequence[Depth2Module], plan: Plan) -> int:
+    return sum((m.n_units - plan[m.name]) * unit_parameters(m) for m in modules)
+
+
+def _check_enough(modules: Sequence[Depth2Module], plan: Plan, n_parameters: int) -> None:
+    if (most := _removed(modules, plan)) < n_parameters:
+        raise ValueError(f"expected at least {n_parameters:,} parameters in removable units, found {most:,}")
+
+
+def check_plan(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse a plan that names modules the model lacks, or keeps none or more than all of their units.
+
+    Raises:
+        KeyError, ValueError: naming the module.
+    """
+    units = {module.name: module.n_units for module in depth2_modules(model)}
+    for name, n_keep in plan.items():
+        if name not in units:
+            raise KeyError(f"plan: the model has no module {name!r}; it has {', '.join(list(units)[:4])}, ...")
+        if isinstance(n_keep, bool) or not isinstance(n_keep, int) or not 1 <= n_keep <= units[name]:
+            raise ValueError(f"plan: {name}: expected to keep between 1 and {units[name]} units, found {n_keep!r}")

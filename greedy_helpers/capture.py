@@ -30,6 +30,7 @@ class BlockStream:
         """`tokens`: long [n, seq]. Runs the model once up to its first block, and once in full per batch shape."""
         self._extra: dict[tuple[int, int], list[tuple[tuple, dict[str, Any]]]] = {}  # batch -> per-block arguments
         self.hidden: list[Tensor] = []
+        self.implementation = model.config._attn_implementation
         blocks = blocks_of(model)
         for batch in tokens.split(batch_size):
             batch = batch.to(model.device)
@@ -44,7 +45,7 @@ class BlockStream:
     def share(self) -> BlockStream:
         """A second stream over the same hidden states; advancing one leaves the other where it is."""
         twin = object.__new__(BlockStream)
-        twin._extra, twin.hidden = self._extra, list(self.hidden)
+        twin._extra, twin.hidden, twin.implementation = self._extra, list(self.hidden), self.implementation
         return twin
 
     def run(
@@ -64,6 +65,25 @@ class BlockStream:
         """
         for hidden in self.hidden:
             yield self._pass(block, index, hidden, linears, stop=True)[1]
+
+    def attention_maps(self, block: nn.Module, index: int, attention: nn.Module) -> Iterator[Tensor]:
+        """The softmax maps of `attention` (inside `block`): [batch, heads, query, key], batch by batch.
+
+        One batch of maps exists at a time.
+
+        Raises:
+            ValueError: the attention implementation computes no maps (sdpa, flash); eager does.
+        """
+        for hidden in self.hidden:
+            with _recording_outputs(attention) as seen:
+                self._pass(block, index, hidden, (), stop=False)
+            maps = seen[0][1] if seen and isinstance(seen[0], tuple) and len(seen[0]) > 1 else None
+            if not isinstance(maps, Tensor) or maps.ndim != 4:
+                raise ValueError(
+                    f"block {index}: expected attention maps, found none: the model runs with attention "
+                    f"{self.implementation!r}. Call model.set_attn_implementation('eager') first"
+                )
+            yield maps
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move the hidden states behind the block."""
@@ -100,6 +120,17 @@ def _recording_arguments(blocks: Iterable[nn.Module]) -> Iterator[list[tuple[tup
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _recording_outputs(module: nn.Module) -> Iterator[list[Any]]:
+    """Collects what one module returns."""
+    seen: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -370,7 +370,7 @@ def _model_card(
     }
     if report is not None:
         facts |= {
-            "ratio": f"{report.ratio} of the units of each module",
+            "ratio": "by plan" if report.ratio is None else f"{report.ratio} of the units of each module",
             "criterion": report.criterion,
             "reconstruction": f"{report.refit or 'none'}, damping {report.damp}",
             "calibration": f"{report.tokens:,} tokens",

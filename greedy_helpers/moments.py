@@ -58,6 +58,11 @@ class Moments:
         """E[x_j^2], float64 [d_x]."""
         return self.xx.diagonal() / self.n
 
+    @property
+    def variance(self) -> Tensor:
+        """Var(x_j) over all tokens (divided by n), float64 [d_x]."""
+        return (self.mean_square - (self.x / self.n).square()).clamp(min=0)
+
     def relative_error(self, weight: Tensor, bias: Tensor | None = None) -> float:
         """||Y - X W' - b||^2 / ||Y||^2 of a layer with `weight` [d_y, d_x] and `bias` [d_y], from the moments alone."""
         weight = weight.to(self.xx)

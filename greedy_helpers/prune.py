@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from typing import Literal
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import check_ratio, keep_top
+from .allocation import Plan, check_plan, check_ratio, keep_best, n_removed
 from .capture import BlockStream
 from .criteria import Criterion, Seen, second_moment
-from .evaluate import check_tokens
+from .evaluate import check_tokens, count_parameters
 from .families import Kind
 from .moments import Moments
 from .reconstruct import refit as refit_linears
@@ -54,13 +54,19 @@ class PruneStep:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What :func:`prune` did: its settings and one step per module, in order."""
+    """What :func:`prune` did: its settings and one step per module, in order.
 
-    ratio: float
+    Attributes:
+        ratio: the share of units asked for, None if a plan said it.
+        parameters: `"blocks"` and `"total"` -> [before, after]: the same cut is a smaller share of the whole model.
+    """
+
+    ratio: float | None
     criterion: str
     refit: Refit
     damp: float
     tokens: int
+    parameters: dict[str, list[int]]
     steps: list[PruneStep]
 
     @property
@@ -85,7 +91,7 @@ class PruneReport:
 def prune(
     model: PreTrainedModel,
     calibration: Tensor,
-    ratio: float,
+    ratio: float | Plan,
     *,
     criterion: Criterion = second_moment,
     refit: Refit = None,
@@ -108,7 +114,8 @@ def prune(
 
     Args:
         calibration: long [n, seq], packed and never padded.
-        ratio: share of units to remove from each module, in [0, 1); floor(ratio * units) go.
+        ratio: share of units to remove from each module, in [0, 1); floor(ratio * units) go. Or a plan, module name
+            -> units to keep, as the functions in `allocation.py` make it; modules it does not name keep all.
         criterion: (module, seen) -> scores [units], higher = keep.
         blocks: the blocks to prune (default: all). The paper leaves LLaMA's first four and last two alone.
         kinds: the kinds of modules to prune, among `"attention"`, `"ffn"`, `"gated_ffn"`; default: all that can be
@@ -124,8 +131,12 @@ def prune(
         FloatingPointError: NaN or Inf in weights or activations, naming the layer.
         Whatever is raised, or interrupted, the model is left as it was.
     """
-    check_ratio(ratio)
+    if isinstance(ratio, Mapping):
+        check_plan(model, ratio)
+    else:
+        check_ratio(ratio)
     check_tokens(model, calibration)
+    before = count_parameters(model)
     if refit not in (None, "pre", "post", "both"):
         raise ValueError(f"prune: expected refit None, 'pre', 'post' or 'both', found {refit!r}")
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
@@ -138,7 +149,7 @@ def prune(
     was_training = model.training
     model.eval()
     steps: list[PruneStep] = []
-    bar = tqdm(total=len(modules), desc=f"prune {ratio:.0%}", unit="module", disable=not progress)
+    bar = tqdm(total=len(modules), desc="prune", unit="module", disable=not progress)
     try:
         with undone_on_error(model), bar:
             pruned = BlockStream(model, calibration, batch_size)
@@ -149,15 +160,81 @@ def prune(
                 targets = [DenseTargets(module) for module in modules]
                 advance_dense(dense, block, index, targets)  # before anything in the block changes: no second copy
                 for module, target in zip(modules, targets, strict=True):
-                    step = _prune_module(module, block, pruned, target, ratio, criterion, refit, damp)
+                    n_keep = (
+                        ratio.get(module.name, module.n_units)
+                        if isinstance(ratio, Mapping)
+                        else module.n_units - n_removed(module.n_units, ratio)
+                    )
+                    step = _prune_module(module, block, pruned, target, n_keep, criterion, refit, damp)
                     steps.append(step)
                     bar.set_postfix_str(f"{module.name}: error {step.error:.3f}")
                     bar.update()
                 pruned.advance(block, index)
     finally:
         model.train(was_training)
-    name = getattr(criterion, "__name__", repr(criterion))
-    return PruneReport(float(ratio), name, refit, damp, calibration.numel(), steps)
+    after = count_parameters(model)
+    return PruneReport(
+        None if isinstance(ratio, Mapping) else float(ratio),
+        getattr(criterion, "__name__", repr(criterion)),
+        refit,
+        damp,
+        calibration.numel(),
+        {key: [before[key], after[key]] for key in before},
+        steps,
+    )
+
+
+def scores_of(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    criterion: Criterion = second_moment,
+    *,
+    blocks: Iterable[int] | None = None,
+    kinds: Iterable[Kind] | None = None,
+    batch_size: int = 16,
+) -> dict[str, Tensor]:
+    """Every module's scores on the model as it is: name -> [n_units], on the CPU. Nothing is changed.
+
+    For plans over the whole model, for looking at criteria side by side, and for methods that score the dense model
+    once (FLAP, LLM-Pruner) rather than each module behind the already pruned prefix.
+
+    Raises:
+        As :func:`prune`.
+    """
+    check_tokens(model, calibration)
+    found: dict[str, Tensor] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        stream = BlockStream(model, calibration, batch_size)
+        chosen = sorted({module.block for module in depth2_modules(model, blocks, kinds)})
+        for index in range(max(chosen, default=-1) + 1):
+            block = blocks_of(model)[index]
+            for module in depth2_modules(model, [index], kinds) if index in chosen else []:
+                inputs, hidden = module_moments(stream, block, module, repeat(None), repeat(None))
+                found[module.name] = _checked_scores(criterion, module, seen_by(stream, block, module, inputs, hidden))
+            stream.advance(block, index)
+    finally:
+        model.train(was_training)
+    return found
+
+
+def seen_by(stream: BlockStream, block: nn.Module, module: Depth2Module, inputs: Moments, hidden: Moments) -> Seen:
+    """What a criterion may ask about a module: its moments, and further passes over its block on demand."""
+
+    def windows() -> Iterator[Tensor]:
+        batches = stream.inputs(block, module.block, [module.level2.linear])
+        for states, (z,) in zip(stream.hidden, batches, strict=True):
+            yield z.unflatten(0, states.shape[:2])
+
+    return Seen(inputs, hidden, lambda: stream.attention_maps(block, module.block, module.owner), windows)
+
+
+def _checked_scores(criterion: Criterion, module: Depth2Module, seen: Seen) -> Tensor:
+    scores = criterion(module, seen)
+    if scores.shape != (module.n_units,):
+        raise ValueError(f"{module.name}: expected scores of shape [{module.n_units}], found {list(scores.shape)}")
+    return scores.cpu()
 
 
 class DenseTargets:
@@ -235,7 +312,7 @@ def _prune_module(
     block: nn.Module,
     pruned: BlockStream,
     targets: DenseTargets,
-    ratio: float,
+    n_keep: int,
     criterion: Criterion,
     refit: Refit,
     damp: float,
@@ -250,10 +327,8 @@ def _prune_module(
     else:
         inputs, hidden = module_moments(pruned, block, module, level1=repeat(None), level2=targets.level2)
 
-    scores = criterion(module, Seen(inputs, hidden))
-    if scores.shape != (module.n_units,):
-        raise ValueError(f"{module.name}: expected scores of shape [{module.n_units}], found {list(scores.shape)}")
-    keep = keep_top(scores, ratio)
+    scores = _checked_scores(criterion, module, seen_by(pruned, block, module, inputs, hidden))
+    keep = keep_best(scores, n_keep)
     remove_units(module, keep)
 
     # A unit's channels do not depend on the other units, so the survivors' moments are already known.
@@ -264,7 +339,7 @@ def _prune_module(
         error = hidden.relative_error(weight_of(level2.linear), level2.linear.bias)
     seconds = time.perf_counter() - started
     return PruneStep(
-        module.name, module.kind, module.block, module.n_units, len(keep), error_cut, error, seconds, scores.cpu(), keep
+        module.name, module.kind, module.block, module.n_units, len(keep), error_cut, error, seconds, scores, keep
     )
 
 

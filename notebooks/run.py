@@ -40,12 +40,13 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook.metadata = _METADATA | {"language_info": {"name": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            # Progress bars and library chatter go to stderr; a reader of the committed notebook needs neither.
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-            cell.outputs = [o for o in cell.outputs if o.output_type not in ("display_data",) or o.data]
+            cell.outputs = [output for output in cell.outputs if not is_chatter(output)]
     return notebook
+
+
+def is_chatter(output: nbformat.NotebookNode) -> bool:
+    """Progress bars and library messages: a reader of the committed notebook needs neither."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def figures(notebook: nbformat.NotebookNode, tag: str) -> list[bytes]:

@@ -1,0 +1,152 @@
+"""Heads that attend alike: streaming Jensen-Shannon divergence of attention maps, and which heads it makes redundant.
+
+Remove what is redundant first, not what is small (paper, sec. 3.2.2, eq. 1, Algorithm 2, fig. 3).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from .criteria import Criterion, Seen
+from .structure import Depth2Module
+
+
+@torch.no_grad()
+def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**24) -> Tensor:
+    """Mean Jensen-Shannon divergence between the attention maps of every two heads, in nats: float64 [heads, heads].
+
+    D_ij = mean over samples and query rows of JS(P_i row || P_j row) (eq. 1), with JS(p || q) = H((p + q) / 2) -
+    (H(p) + H(q)) / 2. Symmetric, zero on the diagonal, at most ln 2. (The paper does not state its logarithm.)
+
+    Entropies are taken in float32 or better whatever the maps' dtype; 0 log 0 is 0, so masked keys count nothing.
+
+    Args:
+        maps: batches [batch, heads, query, key], rows sum to 1. One batch is held at a time.
+        max_elements: numbers in the largest temporary tensor (default 64 MB); query rows are cut accordingly.
+
+    Raises:
+        ValueError: no maps, or not of that shape.
+        FloatingPointError: NaN or Inf in the maps.
+    """
+    total, rows = None, 0
+    for batch in maps:
+        if batch.ndim != 4:
+            raise ValueError(f"head_divergence: expected maps [batch, heads, query, key], found {list(batch.shape)}")
+        n, heads, queries, keys = batch.shape
+        total = torch.zeros(heads, heads, dtype=torch.float64, device=batch.device) if total is None else total
+        step = max(1, max_elements // max(1, heads * keys))
+        flat = batch.transpose(1, 2).flatten(0, 1)  # [rows, heads, key], a view or one copy of the batch
+        for part in flat.split(step):
+            total += _divergence_sum(part.to(torch.promote_types(part.dtype, torch.float32)))
+        rows += n * queries
+    if total is None:
+        raise ValueError("head_divergence: expected at least one batch of attention maps, found none")
+    if not total.isfinite().all():
+        raise FloatingPointError(f"head_divergence: NaN or Inf in the attention maps ({rows} rows)")
+    return total / rows
+
+
+def _divergence_sum(p: Tensor) -> Tensor:
+    """Sum over rows of the pairwise divergences of p [rows, heads, key]: float64 [heads, heads]."""
+    heads = p.shape[1]
+    entropy = -torch.special.xlogy(p, p).sum(-1).double().sum(0)  # [heads]
+    found = torch.zeros(heads, heads, dtype=torch.float64, device=p.device)
+    for i in range(heads - 1):
+        mixture = (p[:, i : i + 1] + p[:, i + 1 :]) / 2
+        of_mixture = -torch.special.xlogy(mixture, mixture).sum(-1).double().sum(0)  # [heads - i - 1]
+        found[i, i + 1 :] = of_mixture - (entropy[i] + entropy[i + 1 :]) / 2
+    found = found.clamp(min=0)  # rounding of equal heads
+    return found + found.T
+
+
+def unit_divergence(divergence: Tensor, group: int) -> Tensor:
+    """Divergence between KV groups: the mean over their pairs of query heads, [heads / group, heads / group].
+
+    With grouped-query attention a unit is a KV head with its `group` consecutive query heads. The diagonal is 0.
+
+    Raises:
+        ValueError: `group` does not divide the number of heads.
+    """
+    heads = len(divergence)
+    if group < 1 or heads % group:
+        raise ValueError(f"unit_divergence: expected a multiple of {group} heads, found {heads}")
+    found = divergence.unflatten(0, (-1, group)).unflatten(2, (-1, group)).mean((1, 3))
+    return found.fill_diagonal_(0) if group > 1 else found
+
+
+def redundant_heads(divergence: Tensor, tau: float) -> list[int]:
+    """Algorithm 2 as printed: the heads (or units) that have a twin closer than `tau` which stays.
+
+    Walks over all ordered pairs (i, j), i != j, and marks i when D_ij < tau and neither i nor j is marked. At least
+    one head is always left.
+
+    Raises:
+        ValueError: tau negative or not a number, or `divergence` not square.
+    """
+    if not tau >= 0:
+        raise ValueError(
+            f"redundant_heads: expected tau >= 0 in nats (at most ln 2 = 0.693 says anything), found {tau}"
+        )
+    if divergence.ndim != 2 or divergence.shape[0] != divergence.shape[1]:
+        raise ValueError(f"redundant_heads: expected divergences [heads, heads], found {list(divergence.shape)}")
+    marked: set[int] = set()
+    values = divergence.tolist()
+    for i, j in itertools.permutations(range(len(values)), 2):
+        if values[i][j] < tau and i not in marked and j not in marked:
+            marked.add(i)
+    return sorted(marked)
+
+
+def similarity_graph(divergence: Tensor, tau: float) -> nx.Graph:
+    """The paper's fig. 3: nodes are heads, an edge (with attribute `divergence`) joins two that are closer than tau."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(divergence)))
+    close = ((divergence < tau) & ~torch.eye(len(divergence), dtype=torch.bool, device=divergence.device)).nonzero()
+    graph.add_edges_from((i, j, {"divergence": divergence[i, j].item()}) for i, j in close.tolist() if i < j)
+    return graph
+
+
+def maximal_redundancy(graph: nx.Graph) -> int:
+    """The most heads that can go while each of them leaves a similar one behind: heads minus a smallest dominating set.
+
+    Exact, by trying sets in order of size inside each connected component: meant for up to some 20 heads that hang
+    together; beyond that networkx's approximation of the set is used, which gives a lower bound.
+    """
+    kept = 0
+    for component in nx.connected_components(graph):
+        part = graph.subgraph(component)
+        if len(part) > 20:
+            kept += len(nx.dominating_set(part))
+            continue
+        kept += next(
+            size
+            for size in range(1, len(part) + 1)
+            if any(nx.is_dominating_set(part, chosen) for chosen in itertools.combinations(part, size))
+        )
+    return len(graph) - kept
+
+
+def redundant_first(criterion: Criterion, tau: float) -> Criterion:
+    """A criterion that ranks redundant heads below all others; everything else is left to `criterion`.
+
+    Similarity composes: the same scores, shifted where Algorithm 2 marks a head. Needs attention maps, so load the
+    model with `attn_implementation="eager"` or call `model.set_attn_implementation("eager")`.
+    """
+
+    def scores(module: Depth2Module, seen: Seen) -> Tensor:
+        values = criterion(module, seen)
+        if module.kind != "attention":
+            return values
+        divergence = head_divergence(seen.attention_maps())
+        units = redundant_heads(unit_divergence(divergence, len(divergence) // module.n_units), tau)
+        values = values.clone()
+        values[units] -= values.max() - values.min() + 1
+        return values
+
+    scores.__name__ = f"redundant_first({getattr(criterion, '__name__', criterion)}, tau={tau})"
+    return scores

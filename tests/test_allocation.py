@@ -1,0 +1,107 @@
+"""Plans remove the parameters they promise; what they remove is what count_parameters misses afterwards."""
+
+import pytest
+import torch
+from tiny import CONFIGS, tiny_model
+
+from greedy_helpers import (
+    adaptive_plan,
+    budget,
+    count_parameters,
+    depth2_modules,
+    keep_best,
+    middle_blocks,
+    prune,
+    redundancy_plan,
+    remove_units,
+    scores_of,
+    uniform_plan,
+    unit_parameters,
+)
+from greedy_helpers.allocation import check_plan
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_unit_has_the_parameters_that_go_with_it(name):
+    model = tiny_model(name)
+    for module in depth2_modules(model, [1]):
+        before = sum(p.numel() for p in module.owner.parameters())
+        norms = [module.owner.get_submodule(path) for path in module.layout.lists] if name == "stablelm" else []
+        per_unit = sum(p.numel() for entries in norms for p in entries.parameters()) // module.n_units
+        cost, n_units = unit_parameters(module), module.n_units
+        remove_units(module, torch.arange(n_units - 1))
+        assert before - sum(p.numel() for p in module.owner.parameters()) == cost + per_unit
+
+
+@pytest.mark.parametrize("of", ["blocks", "all"])
+@pytest.mark.parametrize("name", ["llama", "llama-gqa", "gpt2"])
+@pytest.mark.parametrize("make", ["uniform", "adaptive"])
+def test_a_plan_meets_its_budget(name, of, make, tokens):
+    model = tiny_model(name)
+    modules, wanted = depth2_modules(model), budget(model, 0.2, of)
+    plan = (
+        uniform_plan(modules, wanted) if make == "uniform" else adaptive_plan(modules, scores_of(model, tokens), wanted)
+    )
+    before = count_parameters(model)
+    report = prune(model, tokens, plan, progress=False)
+    removed = before["total"] - count_parameters(model)["total"]
+    dearest = max(unit_parameters(module) for module in modules)
+    slack = dearest if make == "adaptive" else sum(unit_parameters(module) for module in modules)
+    assert wanted <= removed < wanted + slack
+    assert {m.name: m.n_units for m in depth2_modules(model)} == plan
+    assert report.parameters == {key: [before[key], count_parameters(model)[key]] for key in before}
+    assert report.ratio is None
+
+
+def test_adaptive_standardises_inside_each_module():
+    """Scales of modules do not matter; a unit far below its own module's mean goes first."""
+    modules = depth2_modules(tiny_model("llama"))
+    scores = {m.name: torch.randn(m.n_units, generator=torch.Generator().manual_seed(i)) for i, m in enumerate(modules)}
+    scores[modules[1].name][7] = -1000.0
+    plan = adaptive_plan(modules, scores, unit_parameters(modules[1]))
+    assert plan == {m.name: m.n_units - (m is modules[1]) for m in modules}
+    scaled = {name: 3.0 + 10.0**i * values for i, (name, values) in enumerate(scores.items())}
+    wanted = 40 * unit_parameters(modules[1])
+    assert adaptive_plan(modules, scaled, wanted) == adaptive_plan(modules, scores, wanted)
+
+
+def test_the_floor_holds():
+    modules = depth2_modules(tiny_model("llama"))
+    scores = {m.name: torch.arange(m.n_units).double() for m in modules}
+    everything = sum(m.n_units * unit_parameters(m) for m in modules)
+    with pytest.raises(ValueError, match=r"expected at least [\d,]+ parameters in removable units, found [\d,]+"):
+        adaptive_plan(modules, scores, everything)
+    plan = adaptive_plan(modules, scores, int(0.7 * everything), floor=0.25)
+    assert all(plan[m.name] >= 0.25 * m.n_units for m in modules)
+
+
+def test_redundancy_fixes_the_heads_and_the_ffns_share_the_rest():
+    model = tiny_model("llama")
+    modules = depth2_modules(model)
+    redundant = {modules[0].name: [1, 2], modules[2].name: []}
+    wanted = budget(model, 0.3)
+    plan = redundancy_plan(modules, redundant, wanted)
+    assert (plan[modules[0].name], plan[modules[2].name]) == (2, 4)
+    assert plan[modules[1].name] == plan[modules[3].name] < 80
+    with pytest.raises(ValueError, match=r"more than the budget .* smaller tau"):
+        redundancy_plan(modules, redundant, 10)
+
+
+def test_middle_blocks():
+    model = tiny_model("llama")
+    assert middle_blocks(model, 1, 0) == range(1, 2)
+    with pytest.raises(ValueError, match=r"fewer than all 2 blocks, found 4 \+ 2"):
+        middle_blocks(model)
+
+
+def test_bad_plans_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(KeyError, match=r"no module 'model\.layers\.9\.mlp'"):
+        check_plan(model, {"model.layers.9.mlp": 3})
+    for wrong in (0, 81, 2.5, True):
+        with pytest.raises(ValueError, match="expected to keep between 1 and 80 units"):
+            check_plan(model, {"model.layers.1.mlp": wrong})
+    with pytest.raises(ValueError, match="'blocks' or of 'all'"):
+        budget(model, 0.2, "heads")
+    with pytest.raises(ValueError, match="between 1 and 3 units, found 0"):
+        keep_best(torch.ones(3), 0)

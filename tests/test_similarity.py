@@ -1,0 +1,176 @@
+"""Divergences against scipy, Algorithm 2 by hand, and maps of real forward passes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from tiny import CONFIGS, tiny_model
+
+from greedy_helpers import (
+    BlockStream,
+    blocks_of,
+    depth2_modules,
+    head_divergence,
+    maximal_redundancy,
+    prune,
+    redundant_first,
+    redundant_heads,
+    scores_of,
+    second_moment,
+    similarity_graph,
+    unit_divergence,
+)
+
+
+def random_maps(batch=3, heads=5, seq=7, dtype=torch.float32):
+    """Causal maps, so with exact zeros, one head twice."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(batch, heads, seq, seq, generator=generator)
+    scores[:, 3] = scores[:, 1]
+    mask = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+    return scores.masked_fill(mask, float("-inf")).softmax(-1).to(dtype)
+
+
+def test_divergence_equals_scipy():
+    maps = random_maps()
+    found = head_divergence([maps])
+    for i, j in itertools.combinations(range(5), 2):
+        rows = zip(maps[:, i].flatten(0, 1).double().numpy(), maps[:, j].flatten(0, 1).double().numpy(), strict=True)
+        expected = sum(jensenshannon(p, q) ** 2 for p, q in rows) / 21  # scipy returns the root, in nats
+        assert found[i, j] == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(found, found.T)
+    assert found.diagonal().abs().max() == 0
+    assert found[1, 3] == pytest.approx(0, abs=1e-7)
+    assert found.max() <= math.log(2)
+
+
+def test_opposite_heads_are_ln_2_apart():
+    maps = torch.zeros(1, 2, 4, 4)
+    maps[:, 0, :, 0] = maps[:, 1, :, 1] = 1
+    assert head_divergence([maps])[0, 1] == pytest.approx(math.log(2))
+
+
+def test_batches_and_pieces_change_nothing():
+    maps = random_maps(batch=6)
+    whole = head_divergence([maps])
+    torch.testing.assert_close(head_divergence(maps.split(1)), whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(head_divergence([maps], max_elements=1), whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_maps_are_accumulated_in_float32(dtype):
+    maps = random_maps(dtype=dtype)
+    torch.testing.assert_close(head_divergence([maps]), head_divergence([maps.float()]), rtol=0, atol=0)
+
+
+def test_bad_maps_are_refused():
+    with pytest.raises(ValueError, match="at least one batch"):
+        head_divergence([])
+    with pytest.raises(ValueError, match=r"\[batch, heads, query, key\], found \[4, 4\]"):
+        head_divergence([torch.eye(4)])
+    broken = random_maps()
+    broken[0, 0, 2, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or Inf in the attention maps"):
+        head_divergence([broken])
+
+
+def line(*distances):
+    """Heads on a line at these places; divergence = distance."""
+    places = torch.tensor(distances)
+    return (places[:, None] - places[None, :]).abs()
+
+
+def test_algorithm_2_by_hand():
+    divergence = line(0.0, 0.1, 0.2, 0.9)
+    # (0, 1) marks 0; (1, 2) marks 1; (2, 0) and (2, 1) find 0 and 1 marked; 3 is far from all.
+    assert redundant_heads(divergence, 0.15) == [0, 1]
+    assert redundant_heads(divergence, 0.05) == []
+    assert redundant_heads(divergence, 0.1) == []  # strictly smaller
+    assert redundant_heads(line(0.0, 0.0, 0.0), 0.01) == [0, 1]  # one of them stays
+    assert redundant_heads(line(0.0, 0.1, 0.9, 0.95), 10) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.05, 0.2, 0.5, 0.7])
+def test_every_marked_head_was_marked_beside_a_similar_one(tau):
+    divergence = head_divergence([random_maps(heads=8)])
+    marked = redundant_heads(divergence, tau)
+    assert len(marked) < 8
+    for i in marked:
+        assert any(divergence[i, j] < tau for j in range(8) if j != i)
+    graph = similarity_graph(divergence, tau)
+    assert {(i, j) for i, j in graph.edges} == {
+        (i, j) for i in range(8) for j in range(i + 1, 8) if divergence[i, j] < tau
+    }
+    assert len(graph) == 8
+
+
+def test_maximal_redundancy():
+    assert (
+        maximal_redundancy(similarity_graph(line(0.0, 0.1, 0.2, 0.9), 0.15)) == 2
+    )  # keep the one in the middle, and 3
+    assert maximal_redundancy(similarity_graph(line(0.0, 1.0, 2.0), 0.5)) == 0
+    path = line(*(0.1 * i for i in range(6)))
+    assert maximal_redundancy(similarity_graph(path, 0.15)) == 4  # two of six dominate a path
+
+
+def test_redundant_heads_refuses():
+    with pytest.raises(ValueError, match="heads, heads"):
+        redundant_heads(torch.zeros(2, 3), 0.1)
+    for wrong in (-1, float("nan")):
+        with pytest.raises(ValueError, match="tau >= 0"):
+            redundant_heads(line(0.0, 1.0), wrong)
+
+
+def test_groups_average_their_pairs():
+    divergence = line(0.0, 0.2, 1.0, 1.2).double()
+    grouped = unit_divergence(divergence, 2)
+    assert grouped.tolist() == [[0, pytest.approx(1.0)], [pytest.approx(1.0), 0]]
+    assert torch.equal(unit_divergence(divergence, 1), divergence)
+    with pytest.raises(ValueError, match="multiple of 3 heads, found 4"):
+        unit_divergence(divergence, 3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_maps_of_every_family(name):
+    """Rows sum to 1, one map per query head, and a plain forward pass returns the same."""
+    model = tiny_model(name, attention="eager")
+    tokens = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(1))
+    modules = depth2_modules(model, [1])
+    if modules[0].kind != "attention":
+        pytest.skip("its attention stays whole")
+    stream = BlockStream(model, tokens, batch_size=3)
+    stream.advance(blocks_of(model)[0], 0)
+    maps = torch.cat(list(stream.attention_maps(blocks_of(model)[1], 1, modules[0].owner)))
+    assert maps.shape[1] % modules[0].n_units == 0
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, output_attentions=True).attentions[1]
+    torch.testing.assert_close(maps, expected.to(maps), rtol=0, atol=1e-6)
+
+
+def test_sdpa_is_refused_with_the_way_out(tokens):
+    model = tiny_model("llama", attention="sdpa")
+    with pytest.raises(ValueError, match=r"attention 'sdpa'\. Call model\.set_attn_implementation\('eager'\)"):
+        prune(model, tokens, 0.25, criterion=redundant_first(second_moment, 0.2), progress=False)
+    assert depth2_modules(model)[0].n_units == 4
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-gqa", "gpt2"])
+def test_redundant_first_ranks_them_below_all_others(name, tokens):
+    model = tiny_model(name, attention="eager")
+    plain = scores_of(model, tokens)
+    found = scores_of(model, tokens, redundant_first(second_moment, 0.7))  # above ln 2: all but one
+    marked = 0
+    for module in depth2_modules(model):
+        a, b = plain[module.name], found[module.name]
+        changed = (a != b).nonzero().flatten().tolist()
+        marked += len(changed)
+        if module.kind != "attention":
+            assert not changed
+        elif changed:
+            rest = [u for u in range(module.n_units) if u not in changed]
+            assert b[changed].max() < b[rest].min()
+            assert torch.equal(a[changed].argsort(), b[changed].argsort())
+    assert marked > 0
