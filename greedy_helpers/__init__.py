@@ -45,6 +45,7 @@ from .moments import Moments
 from .prune import PruneReport, PruneStep, module_moments, prune, scores_of
 from .reconstruct import least_squares, refit
 from .similarity import (
+    divergences_of,
     head_divergence,
     maximal_redundancy,
     redundant_first,
@@ -99,6 +100,7 @@ __all__ = [
     "depth2_modules",
     "discover",
     "disk_bytes",
+    "divergences_of",
     "documents",
     "evaluation_tokens",
     "export_plain",

@@ -11,9 +11,11 @@ from collections.abc import Iterable
 import networkx as nx
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from .capture import BlockStream
 from .criteria import Criterion, Seen
-from .structure import Depth2Module
+from .structure import Depth2Module, blocks_of, depth2_modules
 
 
 @torch.no_grad()
@@ -150,3 +152,26 @@ def redundant_first(criterion: Criterion, tau: float) -> Criterion:
 
     scores.__name__ = f"redundant_first({getattr(criterion, '__name__', criterion)}, tau={tau})"
     return scores
+
+
+def divergences_of(model: PreTrainedModel, calibration: Tensor, batch_size: int = 4) -> dict[str, Tensor]:
+    """The divergence between the units of every attention module, on the model as it is: name -> [n_units, n_units].
+
+    One batch of one block's maps is held at a time; the hidden states of all tokens are carried from block to block.
+
+    Raises:
+        ValueError: the attention implementation computes no maps; see :func:`redundant_first`.
+    """
+    found: dict[str, Tensor] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        stream = BlockStream(model, calibration, batch_size)
+        for index, block in enumerate(blocks_of(model)):
+            for module in depth2_modules(model, [index], kinds={"attention"}):
+                divergence = head_divergence(stream.attention_maps(block, index, module.owner))
+                found[module.name] = unit_divergence(divergence, len(divergence) // module.n_units).cpu()
+            stream.advance(block, index)
+    finally:
+        model.train(was_training)
+    return found
