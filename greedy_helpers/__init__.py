@@ -6,6 +6,7 @@ In the order of the method: load a model, get text, find the structure, score, c
 from .allocation import (
     adaptive_plan,
     budget,
+    cost_plan,
     keep_best,
     keep_top,
     middle_blocks,
@@ -41,9 +42,10 @@ from .data import (
 from .discover import Units, coupling, discover, find_units, linears_of, tiny_twin
 from .evaluate import compare_latency, count_parameters, generate_text, perplexity
 from .families import FAMILIES, Family, ModuleLayout
+from .greedy import Elimination, eliminate, exact_greedy, swap
 from .moments import Moments
-from .prune import PruneReport, PruneStep, module_moments, prune, scores_of
-from .reconstruct import least_squares, refit
+from .prune import PruneReport, PruneStep, fixed_scores, module_moments, prune, scores_of
+from .reconstruct import Solution, add_to_bias, least_squares, normal_equations, refit, solve
 from .similarity import (
     divergences_of,
     head_divergence,
@@ -78,22 +80,26 @@ __all__ = [
     "ChannelGroup",
     "Criterion",
     "Depth2Module",
+    "Elimination",
     "Family",
     "ModuleLayout",
     "Moments",
     "PruneReport",
     "PruneStep",
     "Seen",
+    "Solution",
     "Units",
     "UnknownFamily",
     "UnsupportedModule",
     "adaptive_plan",
+    "add_to_bias",
     "blocks_of",
     "blocks_path",
     "budget",
     "calibration_tokens",
     "channel_index",
     "compare_latency",
+    "cost_plan",
     "count_parameters",
     "coupling",
     "default_sources",
@@ -102,10 +108,13 @@ __all__ = [
     "disk_bytes",
     "divergences_of",
     "documents",
+    "eliminate",
     "evaluation_tokens",
+    "exact_greedy",
     "export_plain",
     "family_of",
     "find_units",
+    "fixed_scores",
     "flap",
     "generate_text",
     "head_divergence",
@@ -118,6 +127,7 @@ __all__ = [
     "maximal_redundancy",
     "middle_blocks",
     "module_moments",
+    "normal_equations",
     "obs_cost",
     "output_energy",
     "pack",
@@ -136,6 +146,8 @@ __all__ = [
     "second_moment_identity",
     "set_weight",
     "similarity_graph",
+    "solve",
+    "swap",
     "taylor",
     "tiny_twin",
     "undone_on_error",

@@ -148,6 +148,53 @@ def adaptive_plan(
     return plan
 
 
+def cost_plan(
+    modules: Sequence[Depth2Module], scores: Mapping[str, Tensor], n_parameters: int, floor: float = 0.05
+) -> dict[str, int]:
+    """The budget where it costs least: units go, over all modules, in the order of cost per parameter.
+
+    For scores that mean the same everywhere: the rise of the squared output error per token when a unit and everything
+    below it in its module are removed (:func:`~greedy_helpers.greedy.exact_greedy` with `whole_path=True`, scaled by
+    what an error is worth in its place if that differs). The price of a module's next unit is the rise from the last.
+
+    Args:
+        scores: module name -> cumulative costs [n_units], taken on the dense model.
+        floor: the share of units every module keeps (at least one).
+
+    Raises:
+        KeyError: a module without scores.
+        ValueError: more parameters than the floor leaves to remove.
+    """
+    queue, curves = [], {}
+    for module in modules:
+        rising = scores[module.name].double().sort().values
+        n_free = module.n_units - max(1, round(floor * module.n_units))
+        # a unit that costs little behind one that costs much is not for sale alone: average the price over both
+        curves[module.name] = _rising_prices(rising[:n_free].diff(prepend=rising.new_zeros(1)).tolist())
+        cost = unit_parameters(module)
+        queue += [(price / cost, place, cost, module.name) for place, price in enumerate(curves[module.name])]
+    plan, removed = {module.name: module.n_units for module in modules}, 0
+    for _, _, cost, name in sorted(queue):
+        if removed >= n_parameters:
+            break
+        plan[name] -= 1
+        removed += cost
+    _check_enough(modules, plan, n_parameters)
+    return plan
+
+
+def _rising_prices(prices: Sequence[float]) -> list[float]:
+    """The nearest non-decreasing sequence (pool adjacent violators): slopes of the cumulative cost's convex hull."""
+    pools: list[list[float]] = []  # [mean, count]
+    for price in prices:
+        pools.append([price, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, count = pools.pop()
+            total = pools[-1][1] + count
+            pools[-1] = [(pools[-1][0] * pools[-1][1] + mean * count) / total, total]
+    return [mean for mean, count in pools for _ in range(int(count))]
+
+
 def redundancy_plan(
     modules: Sequence[Depth2Module], redundant: Mapping[str, Sequence[int]], n_parameters: int
 ) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Loading models by name, saving pruned ones, loading those again, and exporting to plain transformers.
 
 A pruned model is an ordinary Hugging Face folder with two additions: an entry `pruned_units` in config.json (module
-path -> number of units left) and a manifest `pruned.json` (format, checksums, how it was pruned). :func:`load_model`
-builds the dense architecture without memory, cuts it to size with the same surgery that pruned it, and lets
-transformers fill in the weights: whatever surgery can do, a checkpoint can hold.
+path -> number of units left; and `added_biases`, where a remedy gave a bias to a layer without one) and a manifest
+`pruned.json` (format, checksums, how it was pruned). :func:`load_model` builds the dense architecture without memory,
+cuts it to size with the same surgery that pruned it, and lets transformers fill in the weights: whatever surgery can
+do, a checkpoint can hold.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from transformers import (
 
 from .data import EMBEDDED
 from .families import UNIT_AXES
-from .structure import UnsupportedModule, depth2_modules, family_of, product
+from .reconstruct import add_to_bias
+from .structure import UnsupportedModule, depth2_modules, family_of, product, weight_of
 from .surgery import remove_units
 
 if TYPE_CHECKING:
@@ -66,7 +68,9 @@ def load_model(
     place, is_local = _resolve(str(name_or_path))
     try:
         config = AutoConfig.from_pretrained(place)
-        if getattr(config, "pruned_units", None):
+        # A local folder of save_pruned is checked against its manifest even if its model lost nothing.
+        ours = getattr(config, "pruned_units", None) or getattr(config, "added_biases", None)
+        if ours or (is_local and (Path(place) / MANIFEST).is_file()):
             if not is_local:
                 from huggingface_hub import snapshot_download
 
@@ -112,7 +116,7 @@ def load_pruned(
     except ValueError as error:
         raise ValueError(f"load_pruned: {folder / MANIFEST} is not JSON: {error}") from error
     found = {key: manifest.get(key) if isinstance(manifest, dict) else None for key in _FORMAT}
-    if found != _FORMAT:
+    if found != _FORMAT or not isinstance(manifest.get("sha256"), dict):
         raise ValueError(f"load_pruned: expected a manifest of {_FORMAT}, found {found} in {folder / MANIFEST}")
     weights = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")}
     if foreign := sorted(weights - manifest["sha256"].keys()):
@@ -176,7 +180,13 @@ def _loader_of_pruned(config: PreTrainedConfig) -> type[PreTrainedModel]:
         for name, n_units in (getattr(config, "pruned_units", None) or {}).items():
             if name not in modules:
                 raise ValueError(f"load_pruned: config.json names the module {name!r}, which the model lacks")
+            most = modules[name].n_units
+            if type(n_units) is not int or not 1 <= n_units <= most:
+                raise ValueError(f"load_pruned: config.json: {name}: expected 1 to {most} units, found {n_units!r}")
             remove_units(modules[name], torch.arange(n_units, device="cpu"))
+        for path in getattr(config, "added_biases", None) or ():  # filled with what was saved
+            linear = self.get_submodule(path)
+            add_to_bias(linear, weight_of(linear).new_zeros(weight_of(linear).shape[0]))
 
     # transformers finds out what a class supports from its name and source, so keep the base's own.
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__, "_dense_class": base})
@@ -209,7 +219,7 @@ def save_pruned(
         dtype: store the weights in this dtype (e.g. `torch.float16`, half the bytes); default: as they are.
 
     Raises:
-        FileExistsError: `folder` exists and is not empty, and `overwrite` is not set.
+        FileExistsError: `folder` is a file, or is not empty and `overwrite` is not set.
         OSError: the folder cannot be written.
     """
 
@@ -225,6 +235,8 @@ def save_pruned(
         config = json.loads((partial / "config.json").read_text())
         if pruned := {name: n for name, n in units.items() if n != dense[name]}:
             config["pruned_units"] = pruned
+        if added := _added_biases(model):
+            config["added_biases"] = added
         config["architectures"] = [_dense_class(model).__name__]
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
@@ -308,7 +320,8 @@ def _export_classes(model: PreTrainedModel, export_as: str | None) -> list[tuple
 
 def _write_plain(model: PreTrainedModel, config_class: type, model_class: type, edits: dict, folder: Path) -> None:
     values = copy.deepcopy(model.config).to_dict() | edits
-    values.pop("pruned_units", None)
+    for ours in ("pruned_units", "added_biases"):
+        values.pop(ours, None)
     if config_class is not type(model.config):
         known = config_class().to_dict().keys() | edits.keys()
         values = {k: v for k, v in values.items() if k in known and k not in ("model_type", "architectures")}
@@ -331,9 +344,18 @@ def _meta_model(model: PreTrainedModel) -> PreTrainedModel:
         return _dense_class(model)(model.config)
 
 
+def _added_biases(model: PreTrainedModel) -> list[str]:
+    """Linears with a bias that the config's own model does not have: FLAP's remedy leaves them."""
+    theirs = dict(_meta_model(model).named_parameters())
+    biases = (f"{module.level2.path}.bias" for module in depth2_modules(model) if module.level2.linear.bias is not None)
+    return [path.removesuffix(".bias") for path in biases if path not in theirs]
+
+
 def _write_folder(folder: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
     """Let `write` fill a temporary folder, then put it in the place of `folder`: all or nothing."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"expected a folder, or nothing, at {folder}, found a file")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty; pass overwrite=True to replace it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -345,8 +367,12 @@ def _write_folder(folder: Path, write: Callable[[Path], None], overwrite: bool) 
         if folder.is_dir():
             replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, replaced)
-            os.replace(partial, folder)
-            shutil.rmtree(replaced)
+            try:
+                os.replace(partial, folder)
+            except BaseException:
+                os.replace(replaced, folder)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)  # the new folder is in its place: no failure any more
         else:
             os.replace(partial, folder)
     except BaseException:

@@ -31,12 +31,14 @@ class Seen:
         maps: makes an iterator over the attention maps [batch, heads, query, key]; see :meth:`attention_maps`.
         windows: makes an iterator over level 2's inputs per window, [batch, seq, channels]; see
             :meth:`level2_windows`.
+        n_keep: how many units will stay, where that is already known.
     """
 
     level1: Moments
     level2: Moments
     maps: Callable[[], Iterator[Tensor]] | None = None
     windows: Callable[[], Iterator[Tensor]] | None = None
+    n_keep: int | None = None
 
     def attention_maps(self) -> Iterator[Tensor]:
         """Softmax maps [batch, heads, query, key], one batch at a time: one more pass over the block.
@@ -71,12 +73,12 @@ def _columns(module: Depth2Module, p: int = 2) -> Tensor:
 
 
 @torch.no_grad()
-def second_moment(module: Depth2Module, seen: Seen) -> Tensor:
+def second_moment(module: Depth2Module, seen: Seen, half: bool = False) -> Tensor:
     """The paper's criterion: the energy a unit sends to the residual stream (sec. 3.2.3, eq. 3-4, appendix B).
 
     Plain FFN, channel j: M_j = ||B_:,j||^2 E[(a_j' x)^2] with E[(a_j' x)^2] = a_j' Sigma a_j and Sigma = E[x x']
     uncentred. (Eq. 3-4 print ||B_i|| under a sum over i; the column j is meant. The factor 1/2 for ReLU changes no
-    ranking inside a module and is left out. Level 1's bias, if any, is part of the pre-activation.)
+    ranking inside a module and is left out unless `half`. Level 1's bias, if any, is part of the pre-activation.)
 
     Gated FFN: the product of that metric of the up path and that of the gate path, a heuristic of the paper's.
 
@@ -95,7 +97,7 @@ def second_moment(module: Depth2Module, seen: Seen) -> Tensor:
     for group in module.level1.values():
         energy = _preactivation_energy(group.linear, seen.level1)
         for path in group.index.T.to(energy.device):  # a fused gate_up has two channels per unit
-            scores = scores * columns * energy[path]
+            scores = scores * columns * energy[path] * (0.5 if half else 1.0)
     return scores
 
 

@@ -50,7 +50,24 @@ class Moments:
         found = Moments(self.name)
         channels = channels.to(self.xx.device)
         found.n, found.y, found.yy = self.n, self.y, self.yy
-        found.xx, found.xy, found.x = self.xx[channels][:, channels], self.xy[channels], self.x[channels]
+        found.xx, found.x = self.xx[channels][:, channels], self.x[channels]
+        found.xy = None if self.xy is None else self.xy[channels]
+        return found
+
+    def aim_at(self, weight: Tensor, bias: Tensor | None = None) -> Moments:
+        """The same inputs with a layer's own outputs as targets: `weight` [d_y, d_x] and `bias` [d_y], no data needed.
+
+        X'Y = X'X W' + X'1 b': what a layer puts out is known from what it reads.
+        """
+        found = Moments(self.name)
+        w = weight.to(self.xx)
+        found.n, found.xx, found.x = self.n, self.xx, self.x
+        found.xy, found.y = self.xx @ w.T, w @ self.x
+        found.yy = (w * found.xy.T).sum()
+        if bias is not None:
+            b = bias.to(self.xx)
+            found.yy = found.yy + 2 * b @ found.y + self.n * b.square().sum()
+            found.xy, found.y = found.xy + torch.outer(self.x, b), found.y + self.n * b
         return found
 
     @property

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from greedy_helpers import Moments, least_squares, refit, weight_of
+from greedy_helpers import Moments, add_to_bias, least_squares, refit, solve, weight_of
 
 
 def data(n=200, d_x=12, d_y=7, seed=0):
@@ -124,8 +124,43 @@ def test_dead_and_duplicate_features():
     weight, _ = least_squares(moments_of(dead, y), w0)
     assert torch.equal(weight, w0)
     x[:, 1] = x[:, 0]
-    with pytest.raises(FloatingPointError, match="singular"):
-        least_squares(moments_of(x.mul_(1e6), y), w0, damp=0.0)
+    found = solve(moments_of(x.mul_(1e6), y), w0, damp=0.0)  # falls back on eigenvectors
+    assert (found.method, found.rank, found.features) == ("eigen", 11, 12)
+    best = torch.linalg.lstsq(x, y - x @ w0.T, driver="gelsd").solution  # the smallest change of W0
+    torch.testing.assert_close(found.weight, w0 + best.T, rtol=1e-6, atol=1e-12)
+
+
+def test_rank_and_condition_are_those_of_the_matrix():
+    x, y, w0, b0 = data()
+    x[:, 3] = 0
+    for bias, damp in ((None, 1e-2), (b0, 1e-4), (None, 1.0)):
+        found = solve(moments_of(x, y), w0, bias, damp)
+        rows = x - x.mean(0) if bias is not None else x
+        assert (found.method, found.rank, found.tokens) == ("cholesky", 11, 200)
+        exact = torch.linalg.cond(rows.T @ rows + found.lam * torch.eye(12).double()).item()
+        assert 0.7 * exact <= found.condition <= exact * (1 + 1e-9)
+        assert found.lam == pytest.approx(damp * rows.square().sum().item() / 12)
+    with pytest.warns(UserWarning, match="8 calibration tokens for 12"):
+        assert solve(moments_of(x[:8], y[:8]), w0, damp=1e-2).rank == 8
+
+
+def test_aiming_at_a_layer_equals_running_it():
+    x, _, w0, b0 = data()
+    for bias in (None, b0):
+        y = x @ w0.T + (0 if bias is None else bias)
+        found, measured = moments_of(x, y).aim_at(w0, bias), moments_of(x, y)
+        for key in ("xy", "y", "yy"):
+            torch.testing.assert_close(getattr(found, key), getattr(measured, key))
+        assert found.relative_error(w0, bias) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Linear(4, 3, bias=False), Conv1D(3, 4)])
+def test_adding_to_a_bias_shifts_the_outputs(layer):
+    x, shift = torch.randn(5, 4), torch.tensor([1.0, -2.0, 0.5])
+    before = layer(x)
+    add_to_bias(layer, shift.double())
+    torch.testing.assert_close(layer(x), before + shift)
+    assert layer.bias.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("where", "message"), [("x", "layer: NaN or Inf in the activations"), ("y", "target outputs")])

@@ -1,7 +1,4 @@
-"""Checkers for the notebooks' exercises. Each takes your function, tries it, and raises with a hint if it is not right.
-
-Three levels each: the shape, the values against an independent reference, and an edge case.
-"""
+"""Checkers of notebook 01, structure."""
 
 from __future__ import annotations
 
@@ -11,39 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .discover import find_units
-from .structure import channel_index
-
-
-class NotYet(AssertionError):
-    """The answer is not right yet; the message says what was expected, what was found, and where to look."""
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise NotYet(message)
-
-
-def _is_index(found: object, shape: tuple[int, ...], what: str) -> Tensor:
-    _expect(isinstance(found, Tensor), f"{what}: expected a torch tensor, found {type(found).__name__}")
-    _expect(found.dtype == torch.long, f"{what}: expected dtype torch.long, found {found.dtype}")
-    _expect(tuple(found.shape) == shape, f"{what}: expected shape {list(shape)}, found {list(found.shape)}")
-    return found
+from ..discover import find_units
+from ..structure import channel_index
+from .common import expect, is_index
 
 
 def check_fused_layout(layout_index: Callable[[int, int], Tensor]) -> str:
     """Notebook 01: `layout_index(n_heads, dim)` -> long [n_heads, 3 * dim], each head's channels of GPT-2's c_attn."""
     for n_heads, dim in ((4, 8), (3, 5), (1, 2)):
         asked = f"layout_index({n_heads}, {dim})"
-        found = _is_index(layout_index(n_heads, dim), (n_heads, 3 * dim), asked).sort(1).values
+        found = is_index(layout_index(n_heads, dim), (n_heads, 3 * dim), asked).sort(1).values
         right = channel_index("kv dim | kv dim | kv dim", 3 * n_heads * dim, dim=dim)
         interleaved = channel_index("kv 3 dim", 3 * n_heads * dim, dim=dim)
-        _expect(
+        expect(
             n_heads == 1 or not torch.equal(found, interleaved),
             f"{asked}: that is GPT-NeoX's order (query, key, value of head 0, then of head 1). GPT-2 has all queries "
             "first: the key of head 0 begins behind the query of the last head",
         )
-        _expect(
+        expect(
             torch.equal(found, right),
             f"{asked}: head 0 should own {right[0].tolist()}, found {found[0].tolist()}",
         )
@@ -63,24 +45,24 @@ def check_remove_channels(remove_channels: Callable[[nn.Linear, nn.Linear, nn.Li
             remove_channels(gate, up, down, keep)
         for name, linear, shape in (("gate", gate, (4, 6)), ("up", up, (4, 6)), ("down", down, (6, 4))):
             found = tuple(linear.weight.shape)
-            _expect(found == shape, f"{name}.weight: expected shape {list(shape)}, found {list(found)}")
+            expect(found == shape, f"{name}.weight: expected shape {list(shape)}, found {list(found)}")
         if bias:
             for name, linear, size in (("gate", gate, 4), ("up", up, 4), ("down", down, 6)):
                 found = len(linear.bias)
-                _expect(
+                expect(
                     found == size,
                     f"{name}.bias: expected {size} entries, found {found}. Level 1 loses the biases of the channels "
                     "that go; level 2's bias belongs to its outputs and stays",
                 )
         with torch.no_grad():
             outputs = down(torch.nn.functional.silu(gate(x)) * up(x))
-        _expect(
+        expect(
             torch.allclose(outputs, expected, atol=1e-6),
             "the shapes are right, but the outputs are not those of a module whose other channels are silent: do the "
             "rows of gate and up and the columns of down all follow `keep`, in the same order?",
         )
         sizes = [(linear.in_features, linear.out_features) for linear in (gate, up, down)]
-        _expect(
+        expect(
             sizes == [(6, 4), (6, 4), (4, 6)],
             f"the outputs are right; in_features and out_features still say {sizes}, expected [(6, 4), (6, 4), (4, 6)]",
         )
@@ -97,8 +79,8 @@ def check_pieces(pieces: Callable[[Tensor], Tensor]) -> str:
     apart = torch.eye(5, dtype=torch.bool)
     for name, coupled in (("four heads, shuffled", blocks), ("a chain", chain), ("five FFN channels", apart)):
         before = coupled.clone()
-        found = _is_index(pieces(coupled), (coupled.shape[0],), name)
-        _expect(torch.equal(coupled, before), f"{name}: your function changed its argument; work on a copy")
+        found = is_index(pieces(coupled), (coupled.shape[0],), name)
+        expect(torch.equal(coupled, before), f"{name}: your function changed its argument; work on a copy")
         units = find_units({"writer": coupled})
         together = torch.ones(len(found), len(found), dtype=torch.bool)
         if units is not None:
@@ -107,7 +89,7 @@ def check_pieces(pieces: Callable[[Tensor], Tensor]) -> str:
                 together[row[:, None], row] = True
         same = found[:, None] == found
         hint = ". Neighbours of neighbours belong to the same piece: repeat until nothing changes"
-        _expect(
+        expect(
             torch.equal(same, together),
             f"{name}: expected {len(units.inputs) if units else 1} pieces, found {len(found.unique())}"
             + hint * (name == "a chain"),

@@ -1,0 +1,282 @@
+"""Exact greedy output approximation: which units to remove when all survivors are refitted after every removal.
+
+Every heuristic criterion scores a unit as if the others stayed as they are. Here the unit goes whose removal raises the
+least-squares error least *after* level 2 was solved again on the survivors, one after the other (backward elimination).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .criteria import Criterion, Seen
+from .reconstruct import normal_equations
+from .structure import Depth2Module, weight_of
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The path of a backward elimination.
+
+    Attributes:
+        order: long [n_removed], units in the order in which they went.
+        costs: float64 [n_removed], by how much each removal raised ||Y - Z W'||^2 + lam ||W - W0||^2 (sum over tokens),
+            all survivors refitted before and after.
+        keep: long [n_kept], the survivors, sorted.
+        next_costs: float64 [n_kept], what removing each of them, alone, would cost next.
+        solution: [channels of the survivors in their order, d_y], the refitted W' on them.
+    """
+
+    order: Tensor
+    costs: Tensor
+    keep: Tensor
+    next_costs: Tensor
+    solution: Tensor
+
+
+@torch.no_grad()
+def eliminate(
+    h: Tensor,
+    solution: Tensor,
+    index: Tensor,
+    n_keep: int = 1,
+    *,
+    block: int = 32,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-6,
+) -> Elimination:
+    """Remove units one at a time, always the one that costs least, until `n_keep` are left.
+
+    With H = Z'Z + lam I and B the solution on all channels, removing the channels g of one unit costs exactly
+    tr(B_g' ([H^-1]_gg)^-1 B_g), and moves B and H^-1 to B - H^-1_:g ([H^-1]_gg)^-1 B_g and to the Schur complement
+    (optimal brain surgeon; Hassibi and Stork 1993). One factorisation serves the whole path.
+
+    Units of one channel (FFN) are removed in blocks: inside a block the downdates of H^-1 and B are kept as `block`
+    low-rank columns, so that a step reads B once and writes nothing of size [n, n]; the large products are done once
+    per block. Cost about n^2 (n / block + d_y) in memory traffic, n^3 in arithmetic.
+
+    Args:
+        h: [n, n], positive definite.
+        solution: [n, d_y], the minimiser on all n channels.
+        index: long [n_units, width], the channels of each unit. Channels of no unit stay.
+        n_keep: how many units to leave; 1 gives the whole path.
+        dtype: of the computation. float32 is faster on GPUs; it is re-factorised when it drifts.
+        tolerance: relative residual of the downdated inverse that causes a new factorisation (times 1e3 for float32).
+
+    Raises:
+        ValueError: n_keep outside [1, n_units].
+        torch.linalg.LinAlgError: H is not positive definite.
+    """
+    n_units, width = index.shape
+    if not 1 <= n_keep <= n_units:
+        raise ValueError(f"eliminate: expected to keep between 1 and {n_units} units, found {n_keep}")
+    state = _State(h.to(dtype), solution.to(dtype), tolerance * (1e3 if dtype == torch.float32 else 1))
+    step = _single_channels if width == 1 else _one_unit
+    left = index.to(h.device)
+    units = torch.arange(n_units, device=h.device)
+    order, costs = [], []
+    while len(units) > n_keep:
+        places = state.places(left)
+        gone, cost = step(state, places, min(block, len(units) - n_keep))
+        order.append(units[gone])
+        costs.append(cost.double())
+        stays = torch.ones(len(units), dtype=torch.bool, device=h.device)
+        stays[gone] = False
+        state.drop(places[gone].flatten())
+        units, left = units[stays], left[stays]
+    empty = torch.empty(0, dtype=torch.float64)
+    return Elimination(
+        torch.cat(order).cpu() if order else empty.long(),
+        torch.cat(costs).cpu() if costs else empty,
+        units.cpu(),
+        _costs(state.inverse, state.solution, state.places(left)).double().cpu(),
+        state.solution.double(),
+    )
+
+
+def _costs(inverse: Tensor, solution: Tensor, places: Tensor) -> Tensor:
+    """tr(B_g' ([H^-1]_gg)^-1 B_g) for the channels of every unit: [units]."""
+    blocks = inverse[places[:, :, None], places[:, None, :]]  # [units, width, width]
+    b = solution[places]  # [units, width, d_y]
+    return (torch.linalg.solve(blocks, b) * b).sum((1, 2))
+
+
+class _State:
+    """H^-1 and the solution on the channels that are left, moved along with every block of removals."""
+
+    def __init__(self, h: Tensor, solution: Tensor, tolerance: float) -> None:
+        self.h, self.tolerance = h, tolerance
+        self.channels = torch.arange(len(h), device=h.device)  # those that are left
+        self.rest = h @ solution  # H B: what the solution solves, whatever subset of channels is left
+        self.solution = solution
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        self.probe = torch.randn(len(h), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(h)
+        self.refactorised = 0
+
+    def places(self, index: Tensor) -> Tensor:
+        """Where the channels of `index` are among those that are left."""
+        place = torch.full((len(self.h),), -1, dtype=torch.long, device=self.h.device)
+        place[self.channels] = torch.arange(len(self.channels), device=self.h.device)
+        return place[index]
+
+    def drop(self, places: Tensor) -> None:
+        """Take channels, whose influence is already removed, out of the matrices; check what is left for drift."""
+        stays = torch.ones(len(self.channels), dtype=torch.bool, device=self.h.device)
+        stays[places] = False
+        self.channels = self.channels[stays]
+        self.inverse, self.solution = self.inverse[stays][:, stays], self.solution[stays]
+        part = self.h[self.channels][:, self.channels]
+        probe = self.probe[self.channels]
+        drift = (part @ (self.inverse @ probe) - probe).norm() / probe.norm()
+        if not drift <= self.tolerance:
+            factor = torch.linalg.cholesky(part)
+            self.inverse = torch.cholesky_inverse(factor)
+            self.solution = torch.cholesky_solve(self.rest[self.channels], factor)
+            self.refactorised += 1
+
+
+def _one_unit(state: _State, places: Tensor, _most: int) -> tuple[Tensor, Tensor]:
+    """Remove the cheapest unit of several channels. `places`: long [units, width]."""
+    costs = _costs(state.inverse, state.solution, places)
+    gone = costs.argmin()
+    g = places[gone]
+    columns = state.inverse[:, g]  # [n, width]
+    move = torch.linalg.solve(state.inverse[g][:, g], columns.T)  # ([H^-1]_gg)^-1 H^-1_g:
+    state.solution = state.solution - move.T @ state.solution[g]
+    state.inverse = state.inverse - columns @ move
+    return gone[None], costs[gone][None]
+
+
+def _single_channels(state: _State, places: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Remove the `most` cheapest channels, one after the other; the downdates are applied to H^-1 and B at the end.
+
+    Behind k removals H^-1 is P - U U' and the solution is B - U C, with U [n, k] and C [k, d_y].
+    """
+    p, b, places = state.inverse, state.solution, places[:, 0]
+    u = torch.zeros(len(p), most, dtype=p.dtype, device=p.device)
+    c = torch.zeros(most, b.shape[1], dtype=p.dtype, device=p.device)
+    pivots, sizes = p.diagonal().clone(), b.square().sum(1)  # [H^-1]_jj and ||B_j||^2, kept up to date
+    floor = torch.finfo(p.dtype).tiny
+    open_ = torch.zeros_like(pivots, dtype=torch.bool)
+    open_[places] = True
+    gone, costs = [], []
+    for k in range(most):
+        price = torch.where(open_, sizes.clamp(min=0) / pivots.clamp(min=floor), torch.inf)
+        j = price.argmin()
+        root = pivots[j].clamp(min=floor).sqrt()
+        u_k = (p[:, j] - u[:, :k] @ u[j, :k]) / root
+        c_k = (b[j] - u[j, :k] @ c[:k]) / root
+        sizes = sizes - 2 * u_k * (b @ c_k - u[:, :k] @ (c[:k] @ c_k)) + u_k.square() * c_k.square().sum()
+        pivots = pivots - u_k.square()
+        u[:, k], c[k] = u_k, c_k
+        open_[j] = False
+        gone.append(j)
+        costs.append(price[j])
+    state.inverse = p - u @ u.T
+    state.solution = b - u @ c
+    place_to_unit = torch.full((len(p),), -1, dtype=torch.long, device=p.device)
+    place_to_unit[places] = torch.arange(len(places), device=p.device)
+    return place_to_unit[torch.stack(gone)], torch.stack(costs)
+
+
+@torch.no_grad()
+def swap(h: Tensor, rest: Tensor, index: Tensor, keep: Tensor, most: int = 50, tries: int = 4) -> tuple[Tensor, int]:
+    """Local search behind the elimination: trade a removed unit for a kept one while that lowers the error.
+
+    In every round the removed units that would help most are tried in turn: it comes in, the cheapest of the others
+    goes, and the trade stands if the error is lower than before. Ends when none of `tries` candidates helps.
+
+    Args:
+        h: [n, n], positive definite; rest: [n, d_y] = H B with B the solution on all channels.
+        index: long [n_units, width]; keep: long [n_kept], the units of :class:`Elimination`.
+        most: trades at most; each costs one factorisation of the survivors.
+
+    Returns:
+        The new `keep`, sorted, and the number of trades.
+    """
+    kept, trades = set(keep.tolist()), 0
+    index = index.to(h.device)
+    everything = range(len(index))
+    while trades < most and 0 < len(kept) < len(index):
+        inside = torch.tensor(sorted(kept), device=h.device)
+        outside = torch.tensor([u for u in everything if u not in kept], device=h.device)
+        gains = _gains(h, rest, index, inside, outside)
+        for place in gains.argsort(descending=True)[:tries].tolist():
+            candidate = int(outside[place])
+            trial = torch.tensor(sorted({*kept, candidate}), device=h.device)
+            costs = _removal_costs(h, rest, index[trial])
+            costs[(trial == candidate).nonzero()] = torch.inf
+            if costs.min() < gains[place] * (1 - 1e-9):
+                kept = {*kept, candidate} - {int(trial[costs.argmin()])}
+                trades += 1
+                break
+        else:
+            break
+    return torch.tensor(sorted(kept), dtype=torch.long), trades
+
+
+def _gains(h: Tensor, rest: Tensor, index: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
+    """By how much each unit outside would lower the error if it came back: [outside]."""
+    s, r = index[inside].flatten(), index[outside]  # [k], [outside, width]
+    factor = torch.linalg.cholesky(h[s][:, s])
+    b = torch.cholesky_solve(rest[s], factor)
+    q = rest[r] - h[r][:, :, s] @ b  # [outside, width, d_y]
+    across = h[r][:, :, s]  # [outside, width, k]
+    schur = (
+        h[r[:, :, None], r[:, None, :]]
+        - across @ torch.cholesky_solve(across.flatten(0, 1).T, factor).T.view_as(across).mT
+    )
+    return (torch.linalg.solve(schur, q) * q).sum((1, 2))
+
+
+def _removal_costs(h: Tensor, rest: Tensor, index: Tensor) -> Tensor:
+    """Exact cost of removing each of the units that are there: [units]."""
+    s = index.flatten()
+    factor = torch.linalg.cholesky(h[s][:, s])
+    inverse, b = torch.cholesky_inverse(factor), torch.cholesky_solve(rest[s], factor)
+    return _costs(inverse, b, torch.arange(len(s), device=h.device).view(index.shape))
+
+
+def exact_greedy(
+    damp: float = 1e-2, *, swaps: int = 0, whole_path: bool = False, dtype: torch.dtype = torch.float64
+) -> Criterion:
+    """The exact greedy selection as a criterion for :func:`~greedy_helpers.prune.prune`.
+
+    A unit's score is the rise of the squared output error per token when everything up to it has been removed and the
+    rest refitted: early losses score low. Survivors share the highest scores, in the order of what removing each of
+    them alone would cost next. Combine it with `refit="post"` or `"both"`, which does the refit it counts on.
+
+    The targets are those of the refit (`target=`); without any (in :func:`~greedy_helpers.prune.scores_of`) they are
+    the module's own outputs.
+
+    Args:
+        damp: as in :func:`~greedy_helpers.reconstruct.solve`; give both the same.
+        swaps: at most so many trades of :func:`swap` behind the elimination.
+        whole_path: eliminate down to the last unit even if fewer have to go; for plans over the whole model, which
+            compare the costs of all modules (:func:`~greedy_helpers.allocation.cost_plan`).
+        dtype: see :func:`eliminate`.
+    """
+
+    def criterion(module: Depth2Module, seen: Seen) -> Tensor:
+        linear, moments = module.level2.linear, seen.level2
+        h, rest, _ = normal_equations(moments, weight_of(linear), linear.bias, damp)
+        w0 = weight_of(linear).to(h)
+        solution = w0.T + torch.cholesky_solve(rest, torch.linalg.cholesky(h))
+        n_keep = 1 if whole_path or seen.n_keep is None else seen.n_keep
+        path = eliminate(h, solution, module.level2.index, n_keep, dtype=dtype)
+        keep, next_costs = path.keep, path.next_costs
+        scores = torch.zeros(module.n_units, dtype=torch.float64)
+        scores[path.order] = path.costs.clamp(min=0).cumsum(0) / moments.n
+        total = scores.max()
+        if swaps and len(path.order):
+            keep, trades = swap(h, h @ solution, module.level2.index, keep, swaps)
+            if trades:
+                scores[path.keep] = total  # those of them that went in a trade went last
+                next_costs = _removal_costs(h, h @ solution, module.level2.index[keep].to(h.device)).cpu()
+        scores[keep] = total * (1 + 1e-9) + next_costs.clamp(min=0) / moments.n + torch.finfo(torch.float64).tiny
+        return scores
+
+    criterion.__name__ = f"exact_greedy(damp={damp:g}{f', swaps={swaps}' if swaps else ''})"
+    return criterion
