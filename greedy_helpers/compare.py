@@ -1,0 +1,275 @@
+"""Fair comparisons: one calibration set, one budget, one evaluation for every method; sweeps that can be resumed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .allocation import adaptive_plan, cost_plan, n_removed, unit_parameters
+from .checkpoint import load_model
+from .criteria import (
+    Criterion,
+    flap,
+    obs_cost,
+    output_energy,
+    random_scores,
+    second_moment,
+    second_moment_identity,
+    taylor,
+    wanda_sp,
+    weight_norm,
+)
+from .data import calibration_tokens, default_sources, evaluation_tokens
+from .evaluate import perplexity
+from .greedy import exact_greedy
+from .prune import PruneReport, fixed_scores, prune, scores_of
+from .structure import depth2_modules
+
+Maker = Callable[[PreTrainedModel, Tensor, int], Criterion]
+
+
+def _always(criterion: Criterion) -> Maker:
+    return lambda model, calibration, seed: criterion
+
+
+def _taylor(kind: str) -> Maker:
+    return lambda model, calibration, seed: taylor(model, calibration, kind)
+
+
+# name -> (dense model, calibration [n, seq], seed) -> criterion. Add yours to compare it with all others.
+CRITERIA: dict[str, Maker] = {
+    "random": lambda model, calibration, seed: partial(random_scores, seed=seed),
+    "L1": _always(partial(weight_norm, p=1)),
+    "L2": _always(weight_norm),
+    "Wanda-sp": _always(wanda_sp),
+    "FLAP WIFV": _always(flap),
+    "FLAP WIFN": _always(partial(flap, metric="WIFN")),
+    "FLAP IFV": _always(partial(flap, metric="IFV")),
+    "Taylor vector": _taylor("vector"),
+    "Taylor element1": _taylor("element1"),
+    "Taylor element2": _taylor("element2"),
+    "Taylor mix": _taylor("mix"),
+    "second moment": _always(second_moment),
+    "second moment, identity": _always(second_moment_identity),
+    "output energy": _always(output_energy),
+    "OBS cost": _always(obs_cost),
+    "exact greedy": _always(exact_greedy()),
+}
+
+# name -> how prune() repairs.
+REMEDIES: dict[str, dict] = {
+    "none": {},
+    "bias (FLAP)": {"refit": "bias"},
+    "two-step (paper)": {"refit": "pre"},
+    "post": {"refit": "post"},
+    "post, local target": {"refit": "post", "target": "local"},
+    "both": {"refit": "both"},
+    "recommended": {"refit": "both", "target": "residual"},
+}
+
+ALLOCATIONS = ("uniform", "adaptive", "cost")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: what is removed, how it is repaired, and how the budget is spread over the modules.
+
+    Attributes:
+        criterion: a key of :data:`CRITERIA`.
+        remedy: a key of :data:`REMEDIES`.
+        allocation: `"uniform"`: the same share of units everywhere. `"adaptive"`: FLAP's AL-AM, one ranking of
+            standardised scores taken on the dense model, with as many parameters removed as uniform would.
+            `"cost"`: exact greedy's costs per parameter over the whole model, the same number of parameters.
+    """
+
+    criterion: str = "second moment"
+    remedy: str = "none"
+    allocation: str = "uniform"
+
+    def __post_init__(self) -> None:
+        known = {"criterion": list(CRITERIA), "remedy": list(REMEDIES), "allocation": list(ALLOCATIONS)}
+        for name, allowed in known.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"expected a {name} among {', '.join(allowed)}; found {getattr(self, name)!r}")
+
+    def __str__(self) -> str:
+        remedy = "" if self.remedy == "none" else f" + {self.remedy}"
+        return self.criterion + ("" if self.allocation == "uniform" else f", {self.allocation}") + remedy
+
+
+PAPER = Recipe("second moment", "two-step (paper)")
+FLAP = Recipe("FLAP WIFV", "bias (FLAP)", "adaptive")
+RECOMMENDED = Recipe("exact greedy", "recommended")
+
+
+def apply(
+    model: PreTrainedModel, calibration: Tensor, ratio: float, recipe: Recipe, *, seed: int = 0, **options
+) -> PruneReport:
+    """Prune `model` in place by a recipe.
+
+    Args:
+        seed: of random scores.
+        options: passed on to :func:`~greedy_helpers.prune.prune` (damp, batch_size, blocks, progress, ...).
+
+    Raises:
+        As prune.
+    """
+    criterion = CRITERIA[recipe.criterion](model, calibration, seed)
+    amount: float | Mapping[str, int] = ratio
+    if recipe.allocation != "uniform":
+        modules = depth2_modules(model, options.get("blocks"), options.get("kinds"))
+        wanted = sum(n_removed(m.n_units, ratio) * unit_parameters(m) for m in modules)
+        if recipe.allocation == "adaptive":
+            scores = scores_of(model, calibration, criterion)
+            amount, criterion = adaptive_plan(modules, scores, wanted), fixed_scores(scores, recipe.criterion)
+        else:
+            amount = cost_plan(modules, scores_of(model, calibration, exact_greedy(whole_path=True)), wanted)
+    return prune(model, calibration, amount, criterion=criterion, **REMEDIES[recipe.remedy], **options)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a sweep share. Windows are packed; calibration is training text, evaluation is held out.
+
+    Attributes:
+        calibration, evaluation: windows per run and per text.
+        seq: tokens per window, of both.
+        source: the calibration text; None: the first of the model's default sources.
+    """
+
+    calibration: int = 32
+    evaluation: int = 48
+    seq: int = 256
+    source: str | None = None
+    damp: float = 1e-2
+
+
+Judge = Callable[[PreTrainedModel], dict[str, float]]
+
+
+def sweep(
+    out: str | Path,
+    models: Sequence[str],
+    recipes: Iterable[Recipe],
+    ratios: Sequence[float],
+    seeds: Sequence[int] = (0,),
+    settings: Settings = Settings(),
+    *,
+    extra: Callable[[str], Judge] | None = None,
+    progress: bool = True,
+) -> dict:
+    """Every recipe at every ratio and calibration seed on every model, written to a JSON file after every run.
+
+    A killed sweep goes on where it stopped: call it again with the same file. Rows are never measured twice.
+
+    Args:
+        out: the JSON file; made if it is not there.
+        models: names for :func:`~greedy_helpers.checkpoint.load_model`.
+        extra: model name -> a function of the model whose numbers join each row (e.g. accuracies).
+
+    Returns:
+        `{"settings": ..., "dense": {model: {text: perplexity}}, "rows": [...]}`. A row has model, ratio, criterion,
+        remedy, allocation, seed, one perplexity per text, the share of block and of all parameters left, and seconds.
+
+    Raises:
+        ValueError: the file holds results of other settings.
+    """
+    out, recipes = Path(out), list(recipes)
+    found = json.loads(out.read_text()) if out.exists() else {"settings": _described(settings), "dense": {}, "rows": []}
+    mine = {key: value for key, value in found["settings"].items() if key in asdict(settings)}
+    if mine != asdict(settings):
+        raise ValueError(f"sweep: {out} holds results of {mine}, expected {asdict(settings)}; name another file")
+    done = {_key(row) for row in found["rows"]}
+    wanted = [
+        {"model": model, "ratio": ratio, **asdict(recipe), "seed": seed}
+        for model, seed, ratio, recipe in product(models, seeds, ratios, recipes)
+    ]
+    todo = [row for row in wanted if _key(row) not in done]
+    loaded: tuple[str, PreTrainedModel, Judge] | None = None
+    for row in tqdm(todo, desc="sweep", unit="run", disable=not progress):
+        if loaded is None or loaded[0] != row["model"]:
+            loaded = (row["model"], *_load(row["model"], settings, extra))
+        _, (dense, tokenizer), judge = loaded
+        if row["model"] not in found["dense"]:
+            found["dense"][row["model"]] = judge(dense)
+        source = settings.source or next(iter(default_sources(row["model"]).values()))
+        calibration = calibration_tokens(tokenizer, settings.calibration, settings.seq, source, seed=row["seed"])
+        model, recipe = copy.deepcopy(dense), Recipe(row["criterion"], row["remedy"], row["allocation"])
+        started = time.perf_counter()
+        options = {"seed": row["seed"], "damp": settings.damp, "progress": False}
+        report = apply(model, calibration, row["ratio"], recipe, **options)
+        seconds = time.perf_counter() - started
+        left = {f"{key} left": round(after / before, 5) for key, (before, after) in report.parameters.items()}
+        found["rows"].append(row | judge(model) | left | {"seconds": round(seconds, 2)})
+        _write(out, found)
+    if not todo:
+        _write(out, found)
+    return found
+
+
+def _load(name: str, settings: Settings, extra: Callable[[str], Judge] | None):
+    dense, tokenizer = load_model(name)
+    texts = {
+        label: evaluation_tokens(tokenizer, settings.evaluation, settings.seq, source)
+        for label, source in default_sources(name).items()
+    }
+    more = extra(name) if extra is not None else lambda model: {}
+
+    def judge(model: PreTrainedModel) -> dict[str, float]:
+        numbers = {label: perplexity(model, tokens) for label, tokens in texts.items()} | more(model)
+        return {label: round(value, 4) for label, value in numbers.items()}
+
+    return (dense, tokenizer), judge
+
+
+def _described(settings: Settings) -> dict:
+    """The settings, and what else a reader has to know to repeat the numbers."""
+    return asdict(settings) | {
+        "calibration text": "random windows of the training split",
+        "evaluation text": "evenly spaced windows of the held-out split; perplexity with an empty context per window",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hardware": f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + ' CPU'}",
+    }
+
+
+def _key(row: Mapping) -> tuple:
+    return tuple(row[name] for name in ("model", "ratio", "criterion", "remedy", "allocation", "seed"))
+
+
+def _write(out: Path, found: dict) -> None:
+    """One row per line (readable diffs), replaced at once: a killed sweep leaves a whole file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    head = {key: value for key, value in found.items() if key != "rows"}
+    rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
+    partial_file = out.with_suffix(".partial")
+    partial_file.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n")
+    os.replace(partial_file, out)
+
+
+def frame(found: Mapping) -> pd.DataFrame:
+    """A sweep's rows, with `method` (the recipe in words) and, per text, the excess log-perplexity over dense."""
+    table = pd.DataFrame(found["rows"])
+    recipes = table[["criterion", "remedy", "allocation"]].itertuples(index=False)
+    table["method"] = [str(Recipe(*row)) for row in recipes]
+    for text in next(iter(found["dense"].values())):
+        if text in table:
+            dense = table["model"].map({model: values[text] for model, values in found["dense"].items()})
+            table[f"{text} excess"] = (table[text] / dense).map(lambda ratio: torch.tensor(ratio).log().item())
+    return table
