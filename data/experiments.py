@@ -1,7 +1,8 @@
 """Measure what the notebooks plot: each experiment fills one file of data/results. A killed run goes on when repeated.
 
-python data/experiments.py criteria        # every criterion, nothing repaired
-python data/experiments.py recovery        # every remedy, and the recommended recipe, three calibration seeds
+python data/experiments.py criteria        # notebook 04: every criterion, nothing repaired
+python data/experiments.py recovery        # notebook 09: the main recipes, three calibration sets
+python data/experiments.py grid            # criteria times remedies, calibrated on code alone
 """
 
 from __future__ import annotations
@@ -24,27 +25,31 @@ def criteria() -> None:
 
 
 def recovery() -> None:
-    """Notebooks 08 and 09: recipes at 25 and 50% with three calibration sets; criteria times remedies with one."""
-    out, settings = RESULTS / "recovery.json", Settings(evaluation=32)
-    main = [
-        *(Recipe("second moment", remedy) for remedy in ("none", "two-step (paper)", "both", "recommended")),
+    """Notebook 09: recipes at 25 and 50%, three calibration sets that hold both kinds of text."""
+    settings = Settings(evaluation=24, source="code+prose")
+    recipes = [
+        *(Recipe("second moment", remedy) for remedy in ("none", "two-step (paper)", "recommended")),
         FLAP,
-        Recipe("FLAP WIFV", "none", "adaptive"),
         Recipe("FLAP WIFV", "bias (FLAP)"),
-        Recipe("output energy", "recommended"),
+        *(Recipe(name, "recommended") for name in ("Wanda-sp", "output energy", "exact greedy")),
+        Recipe("energy heads, greedy FFN", "recommended"),
         RECOMMENDED,
-        Recipe("exact greedy", "recommended", "cost"),
     ]
+    for seed in (0, 1, 2):
+        sweep(RESULTS / "recovery.json", MODELS, recipes, (0.25, 0.5), seeds=(seed,), settings=settings)
+
+
+def grid() -> None:
+    """Criteria times remedies at 25 and 50%, and the budget by cost; calibrated on code alone (hours on two cores)."""
+    settings, out = Settings(evaluation=32), RESULTS / "recovery_code.json"
     criteria = ("random", "L2", "Wanda-sp", "FLAP WIFV", "Taylor mix", "second moment", "output energy", "exact greedy")
     remedies = ("none", "bias (FLAP)", "two-step (paper)", "recommended")
-    grid = [Recipe(criterion, remedy) for criterion in criteria for remedy in remedies]
-    sweep(out, MODELS, main, (0.25, 0.5), settings=settings)
-    sweep(out, MODELS, main, (0.25, 0.5), seeds=(1, 2), settings=settings)
-    sweep(out, MODELS, grid, (0.25, 0.5), settings=settings)
-    sweep(out, MODELS, main, (0.2,), settings=settings)
+    recipes = [Recipe(criterion, remedy) for criterion in criteria for remedy in remedies]
+    recipes.append(Recipe("exact greedy", "recommended", "cost"))
+    sweep(out, MODELS, recipes, (0.25, 0.5), settings=settings)
 
 
-EXPERIMENTS = {"criteria": criteria, "recovery": recovery}
+EXPERIMENTS = {"criteria": criteria, "recovery": recovery, "grid": grid}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

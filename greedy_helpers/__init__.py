@@ -19,6 +19,7 @@ from .checkpoint import disk_bytes, export_plain, load_model, load_pruned, save_
 from .criteria import (
     Criterion,
     Seen,
+    by_kind,
     flap,
     obs_cost,
     output_energy,
@@ -32,12 +33,16 @@ from .criteria import (
 from .data import (
     EMBEDDED,
     WIKITEXT2,
+    CalibrationCard,
+    calibration_card,
     calibration_tokens,
     default_sources,
     documents,
     evaluation_tokens,
     pack,
     python_corpus,
+    random_tokens,
+    self_generated_tokens,
 )
 from .discover import Units, coupling, discover, find_units, linears_of, tiny_twin
 from .evaluate import compare_latency, count_parameters, generate_text, perplexity
@@ -77,6 +82,7 @@ __all__ = [
     "FAMILIES",
     "WIKITEXT2",
     "BlockStream",
+    "CalibrationCard",
     "ChannelGroup",
     "Criterion",
     "Depth2Module",
@@ -96,6 +102,8 @@ __all__ = [
     "blocks_of",
     "blocks_path",
     "budget",
+    "by_kind",
+    "calibration_card",
     "calibration_tokens",
     "channel_index",
     "compare_latency",
@@ -135,6 +143,7 @@ __all__ = [
     "prune",
     "python_corpus",
     "random_scores",
+    "random_tokens",
     "redundancy_plan",
     "redundant_first",
     "redundant_heads",
@@ -144,6 +153,7 @@ __all__ = [
     "scores_of",
     "second_moment",
     "second_moment_identity",
+    "self_generated_tokens",
     "set_weight",
     "similarity_graph",
     "solve",

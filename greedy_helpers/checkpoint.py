@@ -117,7 +117,9 @@ def load_pruned(
         raise ValueError(f"load_pruned: {folder / MANIFEST} is not JSON: {error}") from error
     found = {key: manifest.get(key) if isinstance(manifest, dict) else None for key in _FORMAT}
     if found != _FORMAT or not isinstance(manifest.get("sha256"), dict):
-        raise ValueError(f"load_pruned: expected a manifest of {_FORMAT}, found {found} in {folder / MANIFEST}")
+        raise ValueError(
+            f"load_pruned: expected a manifest of {_FORMAT} with checksums, found {found} in {folder / MANIFEST}"
+        )
     weights = {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")}
     if foreign := sorted(weights - manifest["sha256"].keys()):
         raise ValueError(f"load_pruned: {folder} holds weight files that were not saved with it: {', '.join(foreign)}")

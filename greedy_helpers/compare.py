@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,6 +24,7 @@ from .allocation import adaptive_plan, cost_plan, n_removed, unit_parameters
 from .checkpoint import load_model
 from .criteria import (
     Criterion,
+    by_kind,
     flap,
     obs_cost,
     output_energy,
@@ -69,7 +70,11 @@ CRITERIA: dict[str, Maker] = {
     "output energy": _always(output_energy),
     "OBS cost": _always(obs_cost),
     "exact greedy": _always(exact_greedy()),
+    "energy heads, greedy FFN": _always(by_kind(output_energy, exact_greedy())),
 }
+# Tries both of these on a part of the calibration windows and keeps the better on the rest: see choose().
+_BEST = "greedy, heads by trial"
+_TRIED = ("exact greedy", "energy heads, greedy FFN")
 
 # name -> how prune() repairs.
 REMEDIES: dict[str, dict] = {
@@ -90,7 +95,8 @@ class Recipe:
     """One method: what is removed, how it is repaired, and how the budget is spread over the modules.
 
     Attributes:
-        criterion: a key of :data:`CRITERIA`.
+        criterion: a key of :data:`CRITERIA`, or `"greedy, heads by trial"`: exact greedy for FFN channels, and for
+            heads exact greedy or output energy, whichever :func:`choose` finds better.
         remedy: a key of :data:`REMEDIES`.
         allocation: `"uniform"`: the same share of units everywhere. `"adaptive"`: FLAP's AL-AM, one ranking of
             standardised scores taken on the dense model, with as many parameters removed as uniform would.
@@ -102,7 +108,7 @@ class Recipe:
     allocation: str = "uniform"
 
     def __post_init__(self) -> None:
-        known = {"criterion": list(CRITERIA), "remedy": list(REMEDIES), "allocation": list(ALLOCATIONS)}
+        known = {"criterion": [*CRITERIA, _BEST], "remedy": list(REMEDIES), "allocation": list(ALLOCATIONS)}
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"expected a {name} among {', '.join(allowed)}; found {getattr(self, name)!r}")
@@ -114,7 +120,30 @@ class Recipe:
 
 PAPER = Recipe("second moment", "two-step (paper)")
 FLAP = Recipe("FLAP WIFV", "bias (FLAP)", "adaptive")
-RECOMMENDED = Recipe("exact greedy", "recommended")
+RECOMMENDED = Recipe(_BEST, "recommended")
+
+
+def choose(
+    model: PreTrainedModel, calibration: Tensor, ratio: float, recipes: Sequence[Recipe], **options
+) -> tuple[Recipe, dict[Recipe, float]]:
+    """The recipe that is best on text it was not fitted to, and every recipe's perplexity there. `model` stays whole.
+
+    The last quarter of the calibration windows is held back: each recipe prunes a copy with the others. Squared errors
+    of layers cannot tell recipes apart that keep different heads; the loss can, and a forward pass is cheap beside the
+    pruning.
+
+    Raises:
+        ValueError: fewer than four windows. Otherwise as prune.
+    """
+    if len(calibration) < 4:
+        raise ValueError(f"choose: expected at least 4 calibration windows to hold some back, found {len(calibration)}")
+    fitted, held_back = calibration.tensor_split([len(calibration) - len(calibration) // 4])
+    found = {}
+    for recipe in recipes:
+        trial = copy.deepcopy(model)
+        apply(trial, fitted, ratio, recipe, **options)
+        found[recipe] = perplexity(trial, held_back)
+    return min(found, key=found.get), found
 
 
 def apply(
@@ -129,6 +158,9 @@ def apply(
     Raises:
         As prune.
     """
+    if recipe.criterion == _BEST:
+        tried = [replace(recipe, criterion=name) for name in _TRIED]
+        recipe, _ = choose(model, calibration, ratio, tried, seed=seed, **options)
     criterion = CRITERIA[recipe.criterion](model, calibration, seed)
     amount: float | Mapping[str, int] = ratio
     if recipe.allocation != "uniform":

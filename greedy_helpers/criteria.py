@@ -233,6 +233,17 @@ def _published_variance(seen: Seen) -> Tensor:
     return fluctuation
 
 
+def by_kind(attention: Criterion, ffn: Criterion) -> Criterion:
+    """One criterion for heads, another for FFN channels."""
+
+    def criterion(module: Depth2Module, seen: Seen) -> Tensor:
+        return (attention if module.kind == "attention" else ffn)(module, seen)
+
+    names = [getattr(part, "__name__", repr(part)) for part in (attention, ffn)]
+    criterion.__name__ = f"heads: {names[0]}, channels: {names[1]}"
+    return criterion
+
+
 @torch.no_grad()
 def obs_cost(module: Depth2Module, seen: Seen, damp: float = 1e-2) -> Tensor:
     """What removing one unit costs *after* all others were refitted: the optimal brain surgeon's exact price.

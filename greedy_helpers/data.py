@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -28,7 +30,7 @@ from typing import Literal
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Split = Literal["train", "test"]
 EMBEDDED = ("llama-mini", "gpt2-mini")  # the models in data/, trained on this file's own corpus
@@ -239,6 +241,8 @@ def calibration_tokens(
 ) -> Tensor:
     """`n` random windows of the training split: long [n, seq] on the CPU.
 
+    `source` may name several, joined by `+` (`"code+prose"`): equal parts of each, one after the other in turn.
+
     The documents are shuffled by `seed`, read until they hold sixteen times the tokens asked for (or all of
     them are read), packed, and `n` windows are drawn without replacement. The paper uses n=16 for its
     criterion and n=1024 for its reconstruction, at seq=128 (LLaMA) or 1024 (GPT-2).
@@ -248,6 +252,12 @@ def calibration_tokens(
     """
     if n < 1:
         raise ValueError(f"calibration_tokens: expected at least 1 window, found n={n}")
+    sources = [source] if Path(source).exists() else source.split("+")
+    if len(sources) > 1:
+        sizes = [n // len(sources) + (place < n % len(sources)) for place in range(len(sources))]
+        parts = [calibration_tokens(tokenizer, m, seq, one, seed) for m, one in zip(sizes, sources, strict=True) if m]
+        places = [(row, part) for part, m in enumerate(sizes) for row in range(m)]
+        return torch.stack([parts[part][row] for row, part in sorted(places)])
     generator = torch.Generator().manual_seed(seed)
     texts = documents(source, "train")["text"]
     order = torch.randperm(len(texts), generator=generator).tolist()
@@ -281,3 +291,164 @@ def evaluation_tokens(
     if n is None:
         return windows
     return windows[torch.arange(n) * available // n]
+
+
+# --- calibration without data (paper, sec. 4 and appendix D)
+
+
+def random_tokens(vocabulary: int | PreTrainedModel, n: int = 16, seq: int = 128, seed: int = 0) -> Tensor:
+    """Uniformly random token ids: long [n, seq] on the CPU.
+
+    What the paper takes Sigma from when there is no data (appendix D): it shows the model's input at its most random.
+
+    Args:
+        vocabulary: the number of token ids, or a model.
+    """
+    if not isinstance(vocabulary, int):
+        vocabulary = vocabulary.get_input_embeddings().num_embeddings
+    if n < 1 or seq < 2 or vocabulary < 1:
+        raise ValueError(f"random_tokens: expected n >= 1, seq >= 2, vocabulary >= 1, found {n}, {seq}, {vocabulary}")
+    return torch.randint(vocabulary, (n, seq), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def self_generated_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n: int = 128,
+    seq: int = 128,
+    *,
+    start: Literal["separator", "random"] = "separator",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Tensor:
+    """Text that the model writes itself, to calibrate on when there is no other: long [n, seq] on the CPU.
+
+    Sampled with a KV cache, all windows of a batch side by side. An end-of-text token is a token like any other: what
+    follows it is the next document, as in packed text. The draws are made per window, so the batch size changes
+    nothing but rounding.
+
+    Args:
+        start: the first token of every window: the tokenizer's separator, or a random token of the vocabulary.
+        temperature: 1 samples from the model's own distribution; lower is less varied.
+        top_k: sample among the k likeliest tokens only; None: all.
+        seed: of the draws.
+
+    Raises:
+        ValueError: longer than the model's context, temperature <= 0, or a separator asked for where there is none.
+        FloatingPointError: NaN or Inf in the logits.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or seq
+    if n < 1 or not 2 <= seq <= context:
+        raise ValueError(f"self_generated_tokens: expected n >= 1 and 2 <= seq <= {context}, found n={n}, seq={seq}")
+    if not temperature > 0 or (top_k is not None and top_k < 1):
+        found = f"{temperature} and {top_k}"
+        raise ValueError(f"self_generated_tokens: expected temperature > 0 and top_k >= 1, found {found}")
+    generator = torch.Generator().manual_seed(seed)
+    if start == "separator":
+        first = None if tokenizer is None else separator_id(tokenizer)
+        if first is None:
+            raise ValueError("self_generated_tokens: this tokenizer has no separator to start from; use start='random'")
+        begin = torch.full((n, 1), first)
+    elif start == "random":
+        begin = torch.randint(model.get_input_embeddings().num_embeddings, (n, 1), generator=generator)
+    else:
+        raise ValueError(f"self_generated_tokens: expected start 'separator' or 'random', found {start!r}")
+    draws = torch.rand(n, seq - 1, generator=generator, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        parts = [
+            _sample(model, tokens.to(model.device), uniform.to(model.device), temperature, top_k)
+            for tokens, uniform in zip(begin.split(batch_size), draws.split(batch_size), strict=True)
+        ]
+    finally:
+        model.train(was_training)
+    return torch.cat(parts).cpu()
+
+
+def _sample(model: PreTrainedModel, tokens: Tensor, draws: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """Continue tokens [batch, 1] by a token per column of `draws` (uniform in [0, 1)): inverts the distribution."""
+    # transformers 5.24 calls it `cache`
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache, latest = None, tokens
+    for draw in draws.T:
+        output = model(input_ids=latest, use_cache=True, **{name: cache})
+        cache, logits = getattr(output, name), output.logits[:, -1].double() / temperature
+        if not logits.isfinite().all():
+            raise FloatingPointError(f"self_generated_tokens: {type(model).__name__} returned NaN or Inf logits")
+        if top_k is not None and top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        cumulative = logits.softmax(-1).cumsum(-1)
+        latest = torch.searchsorted(cumulative, (draw * cumulative[:, -1])[:, None], right=True)
+        latest = latest.clamp(max=logits.shape[1] - 1)
+        tokens = torch.cat([tokens, latest], dim=1)
+    return tokens
+
+
+@dataclass(frozen=True)
+class CalibrationCard:
+    """Where calibration tokens came from, and whether they could flatter the evaluation.
+
+    Attributes:
+        origin: in words, e.g. `"code, training split, seed 0"` or `"self-generated by llama-mini, temperature 1"`.
+        windows, seq, tokens, distinct_tokens: how much there is.
+        in_domain: evaluation text -> whether the calibration text is of its kind, as declared.
+        shared: evaluation text -> share of its runs of `run` tokens that occur in the calibration tokens too. Text
+            that was calibrated on and evaluated on would be near 1.
+        fingerprint: SHA-256 of the token ids, so that two runs can tell whether they used the same.
+    """
+
+    origin: str
+    windows: int
+    seq: int
+    tokens: int
+    distinct_tokens: int
+    in_domain: dict[str, bool]
+    shared: dict[str, float]
+    run: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.origin}: {self.windows} x {self.seq} = {self.tokens:,} tokens, {self.distinct_tokens:,} distinct",
+            *(
+                f"against {label}: {'in' if inside else 'out of'} domain, {self.shared[label]:.1%} of its "
+                f"{self.run}-token runs occur here"
+                for label, inside in self.in_domain.items()
+            ),
+            f"fingerprint {self.fingerprint[:12]}",
+        ]
+        return "\n".join(lines)
+
+
+def calibration_card(
+    tokens: Tensor, origin: str, domain: str | None = None, evaluation: Mapping[str, Tensor] | None = None, run: int = 8
+) -> CalibrationCard:
+    """Describe calibration `tokens` (long [n, seq]) beside the `evaluation` tokens (label -> long [m, seq]).
+
+    Args:
+        domain: the label that the calibration text belongs to; None: none of them (random tokens).
+        run: length of the token runs that are compared.
+    """
+
+    def runs(windows: Tensor) -> set[tuple[int, ...]]:
+        return set(map(tuple, windows.unfold(1, run, 1).reshape(-1, run).tolist()))
+
+    mine, evaluation = runs(tokens), evaluation or {}
+    shared = {}
+    for label, windows in evaluation.items():
+        theirs = runs(windows)
+        shared[label] = len(theirs & mine) / max(1, len(theirs))
+    return CalibrationCard(
+        origin,
+        *tokens.shape,
+        tokens.numel(),
+        len(tokens.unique()),
+        {label: label == domain for label in evaluation},
+        shared,
+        run,
+        hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest(),
+    )

@@ -1,12 +1,24 @@
 """The corpus is split once and for all; packing neither pads nor loses."""
 
 import hashlib
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
+from tiny import VOCABULARY, tiny_model
 
-from greedy_helpers import calibration_tokens, documents, evaluation_tokens, load_model, pack, python_corpus
+from greedy_helpers import (
+    calibration_card,
+    calibration_tokens,
+    documents,
+    evaluation_tokens,
+    load_model,
+    pack,
+    python_corpus,
+    random_tokens,
+    self_generated_tokens,
+)
 from greedy_helpers.data import docstrings, is_held_out
 
 
@@ -102,9 +114,11 @@ def test_evaluation_windows_are_the_same_every_time_and_spread(tokenizer):
 
 
 @pytest.mark.parametrize("function", [calibration_tokens, evaluation_tokens])
-def test_more_windows_than_text(function, tokenizer):
-    with pytest.raises(ValueError, match=r"expected 10000000 windows .* found \d+"):
-        function(tokenizer, 10_000_000, 256)
+def test_more_windows_than_text(function, tokenizer, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("\n\n".join(f"This is paragraph number {i} of a short file." for i in range(60)))
+    with pytest.raises(ValueError, match=r"expected 1000 windows of 16 tokens .*short\.txt'.* found \d+"):
+        function(tokenizer, 1000, 16, source=str(path))
 
 
 def test_local_text_file_is_split_by_paragraph(tmp_path, tokenizer):
@@ -131,3 +145,77 @@ def test_missing_file_and_missing_network():
         documents("nowhere.txt")
     with pytest.raises(ConnectionError, match="'code' and 'prose' always work"):
         documents("Salesforce/wikitext:wikitext-2-raw-v1")
+
+
+def test_several_sources_in_equal_parts(tokenizer):
+    both = calibration_tokens(tokenizer, 5, 32, "code+prose", seed=3)
+    code, prose = (calibration_tokens(tokenizer, m, 32, s, seed=3) for m, s in ((3, "code"), (2, "prose")))
+    assert torch.equal(both, torch.stack([code[0], prose[0], code[1], prose[1], code[2]]))
+
+
+# --- calibration without data
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_self_generated_text_is_the_models_own_distribution(name):
+    """With the same draws, inverting the distribution from full passes without a cache gives the same tokens."""
+    model = tiny_model(name)
+    found = self_generated_tokens(model, n=3, seq=12, start="random", seed=4)
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(VOCABULARY, (3, 1), generator=generator)
+    draws = torch.rand(3, 11, generator=generator, dtype=torch.float64)
+    for t in range(11):
+        with torch.no_grad():
+            cumulative = model(tokens, use_cache=False).logits[:, -1].double().softmax(-1).cumsum(-1)
+        following = (cumulative <= draws[:, t : t + 1]).sum(-1, keepdim=True)
+        tokens = torch.cat([tokens, following], 1)
+    assert torch.equal(found, tokens)
+
+
+def test_self_generated_text_depends_on_the_seed_and_not_on_the_batch():
+    model = tiny_model("llama")
+    make = partial(self_generated_tokens, model, n=9, seq=10, start="random")
+    assert torch.equal(make(batch_size=1), make(batch_size=8))
+    assert not torch.equal(make(), make(seed=1))
+    greedy = make(top_k=1)
+    with torch.no_grad():
+        logits = model(greedy).logits[:, :-1]
+    chosen = logits.gather(-1, greedy[:, 1:, None])[..., 0]
+    torch.testing.assert_close(chosen, logits.amax(-1))  # the padding token's logits are all equal
+    assert make(temperature=0.05).unique().numel() < make(temperature=2.0).unique().numel()
+
+
+def test_self_generation_refuses_what_it_cannot_do():
+    model = tiny_model("llama")  # 64 positions
+    for options, message in [
+        ({"seq": 65, "start": "random"}, "2 <= seq <= 64, found n=128, seq=65"),
+        ({"temperature": 0.0, "start": "random", "seq": 8}, "expected temperature > 0"),
+        ({"seq": 8}, "no separator to start from"),
+        ({"seq": 8, "start": "eos"}, "'separator' or 'random', found 'eos'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            self_generated_tokens(model, **options)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or Inf logits"):
+        self_generated_tokens(model, n=1, seq=4, start="random")
+
+
+def test_random_tokens_cover_the_vocabulary():
+    tokens = random_tokens(tiny_model("gpt2"), 64, 128)
+    assert tokens.shape == (64, 128)
+    assert tokens.unique().tolist() == list(range(VOCABULARY))
+    assert torch.equal(tokens, random_tokens(VOCABULARY, 64, 128))
+    with pytest.raises(ValueError, match="n >= 1"):
+        random_tokens(VOCABULARY, 0)
+
+
+def test_a_card_sees_evaluation_text_among_the_calibration():
+    text = torch.arange(400).view(4, 100)
+    card = calibration_card(text, "numbers", "mine", {"mine": text[:2], "other": text + 1000, "half": text[:1, :54]})
+    assert card.shared == {"mine": 1.0, "other": 0.0, "half": 1.0}
+    assert card.in_domain == {"mine": True, "other": False, "half": False}
+    assert (card.windows, card.seq, card.tokens, card.distinct_tokens) == (4, 100, 400, 400)
+    assert "against mine: in domain, 100.0% of its 8-token runs" in str(card)
+    assert calibration_card(text, "again").fingerprint == card.fingerprint
+    assert calibration_card(text + 1, "others").fingerprint != card.fingerprint
