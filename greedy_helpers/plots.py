@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
@@ -115,3 +116,49 @@ def who_hears_whom(ax: Axes, hears: np.ndarray, names: Sequence[str]) -> Axes:
     ax.set_xlabel("writer")
     ax.set_ylabel("reader")
     return ax
+
+
+def module_map(
+    ax: Axes,
+    values: np.ndarray,
+    kinds: Sequence[str],
+    fmt: str = "{:.2f}",
+    vmin: float = 0.0,
+    vmax: float | None = None,
+) -> Axes:
+    """One number per module: `values` [kinds, blocks] as a heat map, dark is large, with the numbers written in."""
+    values = np.asarray(values, dtype=float)
+    vmax = float(np.nanmax(values)) if vmax is None else vmax
+    ax.imshow(values, cmap="Blues", vmin=vmin, vmax=vmax, aspect="auto")
+    for row, column in np.ndindex(values.shape):
+        dark = (values[row, column] - vmin) > 0.55 * (vmax - vmin)
+        look = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "black"}
+        ax.text(column, row, fmt.format(values[row, column]), **look)
+    ax.set_xticks(range(values.shape[1]))
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.tick_params(length=0)
+    return ax
+
+
+def prune_steps(axes: Sequence[Axes], steps: pd.DataFrame) -> Sequence[Axes]:
+    """A pruning run in two pictures: the share of units left per module, and its error after the cut and at the end.
+
+    `steps` is `PruneReport.to_frame()`; `axes` are two, e.g. of `plt.subplots(1, 2)`.
+    """
+    names = [
+        f"{block} {'attn' if kind == 'attention' else 'ffn'}"
+        for block, kind in zip(steps.block, steps.kind, strict=True)
+    ]
+    left, right = axes
+    is_attention = (steps.kind == "attention").to_numpy()
+    shares = (steps.units_after / steps.units_before).to_numpy()
+    for label, rows, color, hatch in (("heads", is_attention, 0, ""), ("FFN channels", ~is_attention, 1, "//")):
+        look = {"color": PALETTE[color], "hatch": hatch, "edgecolor": "white", "label": label}
+        left.bar(np.flatnonzero(rows), shares[rows], **look)
+    left.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=9)
+    left.set_ylim(0, 1)
+    left.set_ylabel("share of units left")
+    left.legend(frameon=False, loc="lower right")
+    errors = {"after the cut": steps.error_cut, "at the end": steps.error}
+    error_by_module(right, {label: list(values) for label, values in errors.items()}, names)
+    return axes

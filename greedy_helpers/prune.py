@@ -13,10 +13,13 @@ from typing import Literal
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from . import plots
 from .allocation import Plan, check_plan, check_ratio, keep_best, n_removed
 from .capture import BlockStream
 from .criteria import Criterion, Seen, second_moment
@@ -88,6 +91,13 @@ class PruneReport:
         """One row per module, without the tensors."""
         rows = [{k: v for k, v in vars(step).items() if k not in ("scores", "keep")} for step in self.steps]
         return pd.DataFrame(rows)
+
+    def figure(self) -> Figure:
+        """Units left and errors per module: see :func:`~greedy_helpers.plots.prune_steps`."""
+        fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", facecolor="white")
+        plots.prune_steps(axes, self.to_frame())
+        plt.close(fig)  # shown where it is returned to, and not a second time
+        return fig
 
     def to_dict(self, tensors: bool = True) -> dict:
         """Plain numbers, strings and lists, ready for JSON; without scores and kept units if not `tensors`."""

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import assert_untouched, state_of
 from tiny import VOCABULARY, tiny_model
+from transformers import XLMConfig, XLMModel
 
 from greedy_helpers import (
+    UnknownFamily,
     blocks_of,
     depth2_modules,
     prune,
@@ -177,6 +179,10 @@ def breaks_in_the_middle(module, seen):
     return second_moment(module, seen) * (float("nan") if module.block == 1 else 1.0)
 
 
+def needs_maps(module, seen):
+    return sum(maps.sum((0, 2, 3)) for maps in seen.attention_maps())
+
+
 def interrupted(module, seen):
     if module.block == 1:
         raise KeyboardInterrupt
@@ -188,7 +194,7 @@ def interrupted(module, seen):
     [
         ({"ratio": 1.0}, ValueError, r"ratio in \[0, 1\)"),
         ({"ratio": -0.1}, ValueError, r"ratio in \[0, 1\)"),
-        ({"refit": "twice"}, ValueError, "expected refit None, 'pre', 'post' or 'both', found 'twice'"),
+        ({"refit": "twice"}, ValueError, "expected refit None, 'pre', 'post', 'both' or 'bias', found 'twice'"),
         ({"blocks": [5]}, IndexError, r"expected blocks in \[0, 2\), found 5"),
         ({"calibration": calibration() + VOCABULARY}, ValueError, r"token ids in \[0, 96\).*found ids from"),
         ({"calibration": -calibration() - 1}, ValueError, r"token ids in \[0, 96\)"),
@@ -198,6 +204,8 @@ def interrupted(module, seen):
         ({"damp": -1.0, "refit": "post"}, ValueError, "damp >= 0"),
         ({"criterion": lambda module, seen: torch.ones(3)}, ValueError, r"self_attn: expected scores of shape \[4\]"),
         ({"criterion": breaks_in_the_middle}, FloatingPointError, "NaN scores"),
+        ({"criterion": needs_maps}, ValueError, r"block 0: .*'sdpa'\. Call model\.set_attn_implementation\('eager'\)"),
+        ({"calibration": calibration(2, 65)}, ValueError, "at most 64 tokens, the context of LlamaForCausalLM"),
         ({"criterion": interrupted, "refit": "both"}, KeyboardInterrupt, None),
     ],
 )
@@ -209,6 +217,14 @@ def test_whatever_goes_wrong_the_model_stays_as_it_was(arguments, error, message
         quiet(model, call.pop("calibration"), call.pop("ratio"), **call)
     assert_untouched(model, before)
     assert not any(module._forward_pre_hooks for module in model.modules()), "a hook was left behind"
+
+
+def test_an_unknown_family_is_left_alone():
+    model = XLMModel(XLMConfig(emb_dim=16, n_layers=1, n_heads=2, n_words=VOCABULARY))
+    before = state_of(model)
+    with pytest.raises(UnknownFamily, match="no layout for model type 'xlm'"):
+        quiet(model, calibration(), 0.5)
+    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
