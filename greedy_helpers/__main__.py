@@ -1,0 +1,165 @@
+"""The package on the command line: `python -m greedy_helpers --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .checkpoint import load_model, save_pruned
+from .compare import CRITERIA, RECOMMENDED, REMEDIES, Recipe, Settings, apply, frame, sweep
+from .data import calibration_tokens, default_sources, evaluation_tokens
+from .evaluate import count_parameters, generate_text, perplexity
+
+_EXAMPLES = """examples:
+  python -m greedy_helpers prune llama-mini pruned --ratio 0.25
+  python -m greedy_helpers prune org/model pruned --criterion "second moment" --remedy "two-step (paper)"
+  python -m greedy_helpers evaluate llama-mini pruned --windows 48
+  python -m greedy_helpers compare llama-mini --criteria L2 "output energy" --remedies none recommended --out sweep.json
+  python -m greedy_helpers generate pruned --prompt "import os"
+
+exit codes: 0 done, 1 refused (the message says why; nothing was changed), 2 wrong arguments
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m greedy_helpers",
+        description="Prune large language models without retraining.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    prune = commands.add_parser("prune", help="prune a model, repair it, and save it")
+    prune.add_argument("model", help="embedded name, local folder or Hub id")
+    prune.add_argument("folder", type=Path, help="where to save the pruned model")
+    prune.add_argument("--ratio", type=float, default=0.25, help="share of every module's units (default 0.25)")
+    prune.add_argument(
+        "--criterion", default=RECOMMENDED.criterion, help=f"{', '.join(CRITERIA)}; default: %(default)s"
+    )
+    prune.add_argument("--remedy", default=RECOMMENDED.remedy, choices=REMEDIES)
+    prune.add_argument("--allocation", default="uniform", choices=("uniform", "adaptive", "cost"))
+    prune.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    _text_arguments(prune, calibration=64)
+    prune.add_argument("--damp", type=float, default=1e-2)
+    prune.add_argument("--device")
+
+    evaluate = commands.add_parser("evaluate", help="perplexity and parameters of models, dense or pruned")
+    evaluate.add_argument("models", nargs="+")
+    evaluate.add_argument("--windows", type=int, help="held-out windows per text (default: all)")
+    evaluate.add_argument("--seq", type=int, default=256)
+    evaluate.add_argument("--sources", nargs="+", help="default: code and prose for embedded models, else WikiText-2")
+    evaluate.add_argument("--device")
+
+    compare = commands.add_parser("compare", help="a grid of recipes, resumable: repeat the command to go on")
+    compare.add_argument("models", nargs="+")
+    compare.add_argument("--criteria", nargs="+", default=["second moment", RECOMMENDED.criterion])
+    compare.add_argument("--remedies", nargs="+", default=["none", "recommended"], choices=REMEDIES)
+    compare.add_argument("--ratios", nargs="+", type=float, default=[0.25])
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0])
+    compare.add_argument("--windows", type=int, default=48, help="held-out windows per text")
+    compare.add_argument("--out", type=Path, required=True, help="JSON file, written after every run")
+    _text_arguments(compare, calibration=32, seed=False)
+
+    generate = commands.add_parser("generate", help="let a model continue a prompt")
+    generate.add_argument("model")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device")
+    return parser
+
+
+def _text_arguments(parser: argparse.ArgumentParser, calibration: int, seed: bool = True) -> None:
+    parser.add_argument("--calibration", type=int, default=calibration, help="windows to calibrate on (%(default)s)")
+    parser.add_argument("--seq", type=int, default=256, help="tokens per window (default %(default)s)")
+    parser.add_argument("--source", help="calibration text: code, prose, code+prose, a file, or a Hub dataset")
+    if seed:
+        parser.add_argument("--seed", type=int, default=0, help="of the calibration windows and of random scores")
+
+
+def _prune(args: argparse.Namespace) -> dict:
+    recipe = Recipe(args.criterion, args.remedy, args.allocation)
+    if args.folder.exists() and not args.overwrite and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise FileExistsError(f"{args.folder} exists and is not empty; pass --overwrite to replace it")
+    model, tokenizer = load_model(args.model, args.device)
+    source = args.source or "+".join(default_sources(args.model).values())
+    calibration = calibration_tokens(tokenizer, args.calibration, args.seq, source, args.seed)
+    report = apply(model, calibration, args.ratio, recipe, seed=args.seed, damp=args.damp)
+    details = {"base model": args.model, "recipe": str(recipe), "calibration text": f"{source}, seed {args.seed}"}
+    save_pruned(model, args.folder, tokenizer, report=report, details=details, overwrite=args.overwrite)
+    return {"saved": str(args.folder), **details, **report.to_dict(tensors=False)}
+
+
+def _evaluate(args: argparse.Namespace) -> dict:
+    found = {}
+    for name in args.models:
+        model, tokenizer = load_model(name, args.device)
+        base = name if not Path(name).is_dir() else _base_of(Path(name))
+        sources = {source: source for source in args.sources} if args.sources else default_sources(base)
+        texts = {label: evaluation_tokens(tokenizer, args.windows, args.seq, one) for label, one in sources.items()}
+        found[name] = {
+            "perplexity": {label: perplexity(model, tokens) for label, tokens in texts.items()},
+            "tokens": {label: tokens.numel() for label, tokens in texts.items()},
+            "seq": args.seq,
+            "parameters": count_parameters(model),
+        }
+    return found
+
+
+def _base_of(folder: Path) -> str:
+    """The model a checkpoint of ours was made from: it decides which text is held out."""
+    manifest = folder / "pruned.json"
+    return json.loads(manifest.read_text())["details"].get("base model", "") if manifest.exists() else folder.name
+
+
+def _compare(args: argparse.Namespace) -> dict:
+    recipes = [Recipe(criterion, remedy) for criterion in args.criteria for remedy in args.remedies]
+    settings = Settings(args.calibration, args.windows, args.seq, args.source)
+    return sweep(args.out, args.models, recipes, args.ratios, args.seeds, settings)
+
+
+def _generate(args: argparse.Namespace) -> dict:
+    model, tokenizer = load_model(args.model, args.device)
+    text = generate_text(model, tokenizer, args.prompt, args.tokens, temperature=args.temperature, seed=args.seed)
+    return {"text": text}
+
+
+def _in_words(command: str, found: dict) -> str:
+    if command == "generate":
+        return found["text"]
+    if command == "compare":
+        table = frame(found)
+        columns = ["model", "ratio", "method", "seed", *next(iter(found["dense"].values())), "blocks left", "seconds"]
+        return table[columns].to_string(index=False, float_format="{:.3f}".format)
+    if command == "evaluate":
+        lines = []
+        for name, row in found.items():
+            numbers = [
+                f"{v:.2f} on {label} ({row['tokens'][label]:,} tokens)" for label, v in row["perplexity"].items()
+            ]
+            lines.append(f"{name}: {row['parameters']['total']:,} parameters; perplexity {', '.join(numbers)}")
+        return "\n".join(lines)
+    before, after = found["parameters"]["blocks"]
+    return f"saved {found['saved']}: {after:,} of {before:,} block parameters left, by {found['recipe']}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 if it worked, 1 if it was refused."""
+    args = _parser().parse_args(arguments)
+    run = {"prune": _prune, "evaluate": _evaluate, "compare": _compare, "generate": _generate}[args.command]
+    try:
+        found = run(args)
+    except (ValueError, OSError, ConnectionError, FloatingPointError, TypeError, KeyError) as error:
+        print(f"{args.command}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found, indent=1) if args.json else _in_words(args.command, found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
