@@ -72,7 +72,7 @@ CRITERIA: dict[str, Maker] = {
     "exact greedy": _always(exact_greedy()),
     "energy heads, greedy FFN": _always(by_kind(output_energy, exact_greedy())),
 }
-# Tries both of these on a part of the calibration windows and keeps the better on the rest: see choose().
+# Tries both of these and keeps the one that is better on validation text: see choose().
 _BEST = "greedy, heads by trial"
 _TRIED = ("exact greedy", "energy heads, greedy FFN")
 
@@ -124,35 +124,53 @@ RECOMMENDED = Recipe(_BEST, "recommended")
 
 
 def choose(
-    model: PreTrainedModel, calibration: Tensor, ratio: float, recipes: Sequence[Recipe], **options
+    model: PreTrainedModel,
+    calibration: Tensor,
+    ratio: float,
+    recipes: Sequence[Recipe],
+    validation: Tensor | None = None,
+    **options,
 ) -> tuple[Recipe, dict[Recipe, float]]:
     """The recipe that is best on text it was not fitted to, and every recipe's perplexity there. `model` stays whole.
 
-    The last quarter of the calibration windows is held back: each recipe prunes a copy with the others. Squared errors
-    of layers cannot tell recipes apart that keep different heads; the loss can, and a forward pass is cheap beside the
-    pruning.
+    Squared errors of layers cannot tell recipes apart that keep different heads; the loss can, and forward passes are
+    cheap beside the pruning.
+
+    Args:
+        validation: long [n, seq], best of text that the model was not trained on either, and that nothing is reported
+            on. Default: the last quarter of the calibration windows, which the recipes then do without.
 
     Raises:
-        ValueError: fewer than four windows. Otherwise as prune.
+        ValueError: neither validation windows nor four calibration windows. Otherwise as prune.
     """
-    if len(calibration) < 4:
-        raise ValueError(f"choose: expected at least 4 calibration windows to hold some back, found {len(calibration)}")
-    fitted, held_back = calibration.tensor_split([len(calibration) - len(calibration) // 4])
-    found = {}
+    if validation is None:
+        if len(calibration) < 4:
+            found = len(calibration)
+            raise ValueError(f"choose: expected validation windows or at least 4 calibration windows, found {found}")
+        calibration, validation = calibration.tensor_split([len(calibration) - len(calibration) // 4])
+    perplexities = {}
     for recipe in recipes:
         trial = copy.deepcopy(model)
-        apply(trial, fitted, ratio, recipe, **options)
-        found[recipe] = perplexity(trial, held_back)
-    return min(found, key=found.get), found
+        apply(trial, calibration, ratio, recipe, **options)
+        perplexities[recipe] = perplexity(trial, validation)
+    return min(perplexities, key=perplexities.get), perplexities
 
 
 def apply(
-    model: PreTrainedModel, calibration: Tensor, ratio: float, recipe: Recipe, *, seed: int = 0, **options
+    model: PreTrainedModel,
+    calibration: Tensor,
+    ratio: float,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    validation: Tensor | None = None,
+    **options,
 ) -> PruneReport:
     """Prune `model` in place by a recipe.
 
     Args:
         seed: of random scores.
+        validation: for recipes that try and choose, see :func:`choose`.
         options: passed on to :func:`~greedy_helpers.prune.prune` (damp, batch_size, blocks, progress, ...).
 
     Raises:
@@ -160,7 +178,7 @@ def apply(
     """
     if recipe.criterion == _BEST:
         tried = [replace(recipe, criterion=name) for name in _TRIED]
-        recipe, _ = choose(model, calibration, ratio, tried, seed=seed, **options)
+        recipe, _ = choose(model, calibration, ratio, tried, validation, seed=seed, **options)
     criterion = CRITERIA[recipe.criterion](model, calibration, seed)
     amount: float | Mapping[str, int] = ratio
     if recipe.allocation != "uniform":
@@ -232,18 +250,18 @@ def sweep(
         for model, seed, ratio, recipe in product(models, seeds, ratios, recipes)
     ]
     todo = [row for row in wanted if _key(row) not in done]
-    loaded: tuple[str, PreTrainedModel, Judge] | None = None
+    loaded: tuple | None = None
     for row in tqdm(todo, desc="sweep", unit="run", disable=not progress):
         if loaded is None or loaded[0] != row["model"]:
             loaded = (row["model"], *_load(row["model"], settings, extra))
-        _, (dense, tokenizer), judge = loaded
+        _, (dense, tokenizer, validation), judge = loaded
         if row["model"] not in found["dense"]:
             found["dense"][row["model"]] = judge(dense)
         source = settings.source or next(iter(default_sources(row["model"]).values()))
         calibration = calibration_tokens(tokenizer, settings.calibration, settings.seq, source, seed=row["seed"])
         model, recipe = copy.deepcopy(dense), Recipe(row["criterion"], row["remedy"], row["allocation"])
         started = time.perf_counter()
-        options = {"seed": row["seed"], "damp": settings.damp, "progress": False}
+        options = {"seed": row["seed"], "damp": settings.damp, "progress": False, "validation": validation}
         report = apply(model, calibration, row["ratio"], recipe, **options)
         seconds = time.perf_counter() - started
         left = {f"{key} left": round(after / before, 5) for key, (before, after) in report.parameters.items()}
@@ -260,19 +278,24 @@ def _load(name: str, settings: Settings, extra: Callable[[str], Judge] | None):
         label: evaluation_tokens(tokenizer, settings.evaluation, settings.seq, source)
         for label, source in default_sources(name).items()
     }
+    validation = [
+        evaluation_tokens(tokenizer, settings.evaluation, settings.seq, source, "validation")
+        for source in default_sources(name).values()
+    ]
     more = extra(name) if extra is not None else lambda model: {}
 
     def judge(model: PreTrainedModel) -> dict[str, float]:
         numbers = {label: perplexity(model, tokens) for label, tokens in texts.items()} | more(model)
         return {label: round(value, 4) for label, value in numbers.items()}
 
-    return (dense, tokenizer), judge
+    return (dense, tokenizer, torch.cat(validation)), judge
 
 
 def _described(settings: Settings) -> dict:
     """The settings, and what else a reader has to know to repeat the numbers."""
     return asdict(settings) | {
         "calibration text": "random windows of the training split",
+        "validation text": "as many windows halfway between those of the evaluation, for recipes that choose",
         "evaluation text": "evenly spaced windows of the held-out split; perplexity with an empty context per window",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -271,12 +271,17 @@ def calibration_tokens(
 
 
 def evaluation_tokens(
-    tokenizer: PreTrainedTokenizerBase, n: int | None = None, seq: int = 256, source: str = "code"
+    tokenizer: PreTrainedTokenizerBase,
+    n: int | None = None,
+    seq: int = 256,
+    source: str = "code",
+    part: Literal["test", "validation"] = "test",
 ) -> Tensor:
     """Windows of the held-out split: long [n, seq] on the CPU.
 
     All windows, or `n` of them evenly spaced over the split (always the same ones: comparing two models
-    on different windows would measure the windows).
+    on different windows would measure the windows). With `part="validation"` the `n` windows halfway between those:
+    for choosing between methods, so that the test windows judge the choice.
 
     Raises:
         ValueError: the source holds fewer than `n` windows of `seq` tokens.
@@ -290,6 +295,13 @@ def evaluation_tokens(
         )
     if n is None:
         return windows
+    if part == "validation":
+        if available < 2 * n:
+            raise ValueError(
+                f"evaluation_tokens: expected {2 * n} held-out windows of {seq} tokens in {source!r} to set {n} of "
+                f"them aside for validation, found {available}"
+            )
+        return windows[(torch.arange(n) * available + available // 2) // n]
     return windows[torch.arange(n) * available // n]
 
 

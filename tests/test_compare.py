@@ -52,8 +52,13 @@ def test_choose_judges_on_windows_it_did_not_fit():
         assert found[recipe] == pytest.approx(perplexity(trial, tokens[12:]))
     assert found[best] == min(found.values())
     assert count_parameters(model) == count_parameters(tiny_model("llama"))
-    with pytest.raises(ValueError, match="at least 4 calibration windows to hold some back, found 3"):
+    with pytest.raises(ValueError, match="validation windows or at least 4 calibration windows, found 3"):
         choose(model, tokens[:3], 0.5, recipes)
+    other = tokens_(4, seed=8)
+    trial = copy.deepcopy(model)
+    apply(trial, tokens, 0.5, recipes[1], progress=False)
+    found = choose(model, tokens, 0.5, recipes, other, progress=False)[1]
+    assert found[recipes[1]] == pytest.approx(perplexity(trial, other))
     report = apply(model, tokens, 0.5, RECOMMENDED, progress=False)
     assert report.target == "residual"
 

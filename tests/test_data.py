@@ -147,6 +147,16 @@ def test_missing_file_and_missing_network():
         documents("Salesforce/wikitext:wikitext-2-raw-v1")
 
 
+def test_validation_windows_are_other_held_out_windows(tokenizer):
+    test, validation = (evaluation_tokens(tokenizer, 40, 128, "prose", part) for part in ("test", "validation"))
+    windows = evaluation_tokens(tokenizer, None, 128, "prose")
+    rows = [{tuple(row) for row in part.tolist()} for part in (test, validation, windows)]
+    assert len(rows[0] | rows[1]) == 80
+    assert rows[0] | rows[1] <= rows[2]
+    with pytest.raises(ValueError, match=rf"{2 * len(windows)} held-out windows .* found {len(windows)}"):
+        evaluation_tokens(tokenizer, len(windows), 128, "prose", "validation")
+
+
 def test_several_sources_in_equal_parts(tokenizer):
     both = calibration_tokens(tokenizer, 5, 32, "code+prose", seed=3)
     code, prose = (calibration_tokens(tokenizer, m, 32, s, seed=3) for m, s in ((3, "code"), (2, "prose")))
