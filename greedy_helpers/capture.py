@@ -84,6 +84,7 @@ class BlockStream:
                     f"{self.implementation!r}. Call model.set_attn_implementation('eager') first"
                 )
             yield maps
+            del maps, seen  # before the next pass makes new ones
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move the hidden states behind the block."""

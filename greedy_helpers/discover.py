@@ -150,18 +150,19 @@ def _pieces(coupled: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Unit
     return Units(tables["in"], outputs, {w: s.nonzero().flatten() for w, s in shared.items() if s.any()})
 
 
-def tiny_twin(model: PreTrainedModel, grouped: bool = True) -> PreTrainedModel:
+def tiny_twin(model: PreTrainedModel, grouped: bool = True, kv_heads: int = _KV) -> PreTrainedModel:
     """A model of the same class and config with small widths, two blocks and random float64 weights.
 
     Args:
         grouped: 3 query heads per KV head where the config can say so; else as many KV heads as heads.
+        kv_heads: number of KV heads (of heads, where they are not grouped).
 
     Raises:
         ValueError: the config does not shrink this way; then build a small model of the class and hand it over.
     """
-    config = _small_config(model.config, grouped)
     torch.manual_seed(0)
     try:
+        config = _small_config(model.config, grouped, kv_heads)
         twin = getattr(model, "_dense_class", type(model))(config).double().eval()
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
@@ -173,23 +174,23 @@ def tiny_twin(model: PreTrainedModel, grouped: bool = True) -> PreTrainedModel:
             twin(input_ids=torch.zeros(1, 8, dtype=torch.long), **_no_cache(twin))
     except Exception as error:
         raise ValueError(
-            f"tiny_twin: {type(model.config).__name__} does not shrink to {config.num_attention_heads} heads of {_DIM} "
+            f"tiny_twin: {type(model.config).__name__} does not shrink to {kv_heads} heads or KV groups of {_DIM} "
             f"channels ({type(error).__name__}: {error}); build a small model of the same class and pass it as `twin`"
         ) from error
     return twin
 
 
-def _small_config(config: PreTrainedConfig, grouped: bool) -> PreTrainedConfig:
+def _small_config(config: PreTrainedConfig, grouped: bool, kv_heads: int) -> PreTrainedConfig:
     small = copy.deepcopy(config)
     kv_names = [name for name in ("num_key_value_heads", "num_kv_heads") if getattr(config, name, None) is not None]
     group = _GROUP if grouped and kv_names else 1
-    heads = _KV * group
+    heads = kv_heads * group
     values = {
         "num_hidden_layers": _BLOCKS, "hidden_size": heads * _DIM, "num_attention_heads": heads, "head_dim": _DIM,
         "vocab_size": _VOCABULARY, "max_position_embeddings": 64, "word_embed_proj_dim": heads * _DIM, "rotary_dim": 4,
         "intermediate_size": _FFN, "ffn_dim": _FFN, "n_inner": _FFN, "ffn_hidden_size": _FFN,
         "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "qk_nope_head_dim": _DIM,
-    } | dict.fromkeys(kv_names, _KV)  # fmt: skip
+    } | dict.fromkeys(kv_names, kv_heads)  # fmt: skip
     for name, value in values.items():
         if getattr(config, name, None) is not None:
             with suppress(AttributeError):  # derived from the others (a property)
@@ -210,14 +211,17 @@ def discover(model: PreTrainedModel, twin: PreTrainedModel | None = None) -> Fam
 
     Finds the pairs of levels, the unit of each, fused and interleaved layouts, and, by trying, the attributes that go
     stale when units go. An entry is returned only if removing units equals zeroing them (float64, 1e-10, eager and
-    sdpa) and if the model's own weights factor into its layouts. To use it::
+    sdpa), on a second twin with twice the heads as well, and if the model's own weights factor into its layouts. (One
+    size proves too little: CodeGen stores its channels in four partitions, which with four heads look like heads.) To
+    use it::
 
         greedy_helpers.FAMILIES[model.config.model_type] = greedy_helpers.discover(model)
 
     Modules whose cut cannot be made exact are listed in `whole`, with the reason.
 
     Args:
-        twin: a small model of the same class, for configs that :func:`tiny_twin` cannot shrink.
+        twin: a small model of the same class, for configs that :func:`tiny_twin` cannot shrink. Its layouts are then
+            proven on its size only; test them on another.
 
     Raises:
         UnsupportedModule: a refused family, experts, or nothing that could be cut.
@@ -227,16 +231,20 @@ def discover(model: PreTrainedModel, twin: PreTrainedModel | None = None) -> Fam
     if model_type in REFUSED:
         raise UnsupportedModule(f"discover: model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if stacked := [name for name, parameter in model.named_parameters() if parameter.ndim == 3]:
-        raise UnsupportedModule(f"discover: {stacked[0]} is a stack of matrices (experts?), no linear layer to cut")
+        what = (
+            "a convolution over time (linear attention?)" if "conv" in stacked[0] else "a stack of matrices (experts?)"
+        )
+        raise UnsupportedModule(f"discover: {stacked[0]} is {what}, no linear layer to cut")
+    second = None
     if twin is None:
-        try:
-            twin = tiny_twin(model)
-        except ValueError:
-            twin = tiny_twin(model, grouped=False)
+        twin, second = _twins(model)
     family = _read_structure(twin)
     modules, whole = [], dict(family.whole)
     for layout in family.modules:
         proven = _prove(twin, family, layout)
+        if second is not None and not isinstance(proven, str):
+            reason = _why_not_exact(second, replace(family, modules=(proven,)))
+            proven = proven if reason is None else f"what fits {_KV} heads does not fit {2 * _KV}: {reason}"
         if isinstance(proven, str):
             whole[layout.owner] = proven
         else:
@@ -246,6 +254,14 @@ def discover(model: PreTrainedModel, twin: PreTrainedModel | None = None) -> Fam
     family = replace(family, modules=tuple(modules), whole=whole)
     depth2_modules(model, family=family)  # the full-size weights factor into the layouts found on the twin
     return family
+
+
+def _twins(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two twins, one with twice the heads of the other: grouped if the config allows it."""
+    try:
+        return tiny_twin(model), tiny_twin(model, kv_heads=2 * _KV)
+    except ValueError:
+        return tiny_twin(model, grouped=False), tiny_twin(model, grouped=False, kv_heads=2 * _KV)
 
 
 def _read_structure(twin: PreTrainedModel) -> Family:

@@ -308,14 +308,20 @@ _CROSS = "encoder and decoder with cross-attention, which reads two streams"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         "mixtral qwen2_moe qwen3_moe qwen3_vl_moe olmoe gpt_oss phimoe granitemoe granitemoeshared jetmoe dbrx llama4 "
-        "llama4_text glm4_moe ernie4_5_moe minimax flex_olmo hunyuan_v1_moe dots1 nllb-moe switch_transformers".split(),
+        "llama4_text glm4_moe ernie4_5_moe minimax minimax_m2 flex_olmo hunyuan_v1_moe dots1 nllb-moe afmoe aria_text "
+        "switch_transformers cohere2_moe exaone_moe granitemoe_swa mimo_v2_flash solar_open deepseek_v4".split(),
         _EXPERTS,
     ),
-    **dict.fromkeys("deepseek_v2 deepseek_v3 longcat_flash youtu".split(), _LATENT),
+    **dict.fromkeys(
+        "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu".split(), _LATENT
+    ),
     **dict.fromkeys(
         "mamba mamba2 falcon_mamba falcon_h1 jamba bamba zamba zamba2 rwkv recurrent_gemma qwen3_next lfm2 xlstm "
-        "granitemoehybrid nemotron_h kimi_linear".split(),
+        "granitemoehybrid nemotron_h kimi_linear qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid".split(),
         _RECURRENT,
     ),
-    **dict.fromkeys("t5 mt5 umt5 bart mbart pegasus marian whisper led longt5 t5gemma".split(), _CROSS),
+    **dict.fromkeys(
+        "t5 mt5 umt5 bart mbart pegasus marian whisper led longt5 t5gemma blenderbot mvp prophetnet mllama".split(),
+        _CROSS,
+    ),
 }

@@ -19,7 +19,7 @@ from .structure import Depth2Module, blocks_of, depth2_modules
 
 
 @torch.no_grad()
-def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**24) -> Tensor:
+def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**20) -> Tensor:
     """Mean Jensen-Shannon divergence between the attention maps of every two heads, in nats: float64 [heads, heads].
 
     D_ij = mean over samples and query rows of JS(P_i row || P_j row) (eq. 1), with JS(p || q) = H((p + q) / 2) -
@@ -28,8 +28,8 @@ def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**24) -> Tensor
     Entropies are taken in float32 or better whatever the maps' dtype; 0 log 0 is 0, so masked keys count nothing.
 
     Args:
-        maps: batches [batch, heads, query, key], rows sum to 1. One batch is held at a time.
-        max_elements: numbers in the largest temporary tensor (default 64 MB); query rows are cut accordingly.
+        maps: batches [batch, heads, query, key], rows sum to 1. A batch is let go before the next one is asked for.
+        max_elements: numbers in the largest temporary tensor (default 4 MB); query rows are cut accordingly.
 
     Raises:
         ValueError: no maps, or not of that shape.
@@ -42,10 +42,11 @@ def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**24) -> Tensor
         n, heads, queries, keys = batch.shape
         total = torch.zeros(heads, heads, dtype=torch.float64, device=batch.device) if total is None else total
         step = max(1, max_elements // max(1, heads * keys))
-        flat = batch.transpose(1, 2).flatten(0, 1)  # [rows, heads, key], a view or one copy of the batch
-        for part in flat.split(step):
-            total += _divergence_sum(part.to(torch.promote_types(part.dtype, torch.float32)))
+        for window in batch:
+            for part in window.transpose(0, 1).split(step):  # [rows, heads, key], a view
+                total += _divergence_sum(part.to(torch.promote_types(part.dtype, torch.float32)))
         rows += n * queries
+        batch = window = part = None  # before the iterator makes the next one
     if total is None:
         raise ValueError("head_divergence: expected at least one batch of attention maps, found none")
     if not total.isfinite().all():
@@ -82,10 +83,11 @@ def unit_divergence(divergence: Tensor, group: int) -> Tensor:
 
 
 def redundant_heads(divergence: Tensor, tau: float) -> list[int]:
-    """Algorithm 2 as printed: the heads (or units) that have a twin closer than `tau` which stays.
+    """Algorithm 2 as printed: the heads (or units) that had a twin closer than `tau` when they were marked.
 
     Walks over all ordered pairs (i, j), i != j, and marks i when D_ij < tau and neither i nor j is marked. At least
-    one head is always left.
+    one head is always left. The twin may be marked later in the walk, so a removed head need not resemble any
+    survivor; :func:`maximal_redundancy` counts the heads that can go if each has to.
 
     Raises:
         ValueError: tau negative or not a number, or `divergence` not square.
@@ -108,7 +110,9 @@ def similarity_graph(divergence: Tensor, tau: float) -> nx.Graph:
     """The paper's fig. 3: nodes are heads, an edge (with attribute `divergence`) joins two that are closer than tau."""
     graph = nx.Graph()
     graph.add_nodes_from(range(len(divergence)))
-    close = ((divergence < tau) & ~torch.eye(len(divergence), dtype=torch.bool, device=divergence.device)).nonzero()
+    close = (
+        (divergence.double() < tau) & ~torch.eye(len(divergence), dtype=torch.bool, device=divergence.device)
+    ).nonzero()
     graph.add_edges_from((i, j, {"divergence": divergence[i, j].item()}) for i, j in close.tolist() if i < j)
     return graph
 
@@ -137,7 +141,8 @@ def redundant_first(criterion: Criterion, tau: float) -> Criterion:
     """A criterion that ranks redundant heads below all others; everything else is left to `criterion`.
 
     Similarity composes: the same scores, shifted where Algorithm 2 marks a head. Needs attention maps, so load the
-    model with `attn_implementation="eager"` or call `model.set_attn_implementation("eager")`.
+    model with `attn_implementation="eager"` or call `model.set_attn_implementation("eager")`. The maps of one batch of
+    one block are held at a time, batch * heads * seq^2 numbers: with long windows give `prune` a small `batch_size`.
     """
 
     def scores(module: Depth2Module, seen: Seen) -> Tensor:
@@ -154,10 +159,12 @@ def redundant_first(criterion: Criterion, tau: float) -> Criterion:
     return scores
 
 
-def divergences_of(model: PreTrainedModel, calibration: Tensor, batch_size: int = 4) -> dict[str, Tensor]:
+def divergences_of(model: PreTrainedModel, calibration: Tensor, batch_size: int = 1) -> dict[str, Tensor]:
     """The divergence between the units of every attention module, on the model as it is: name -> [n_units, n_units].
 
     One batch of one block's maps is held at a time; the hidden states of all tokens are carried from block to block.
+    A batch has batch_size * heads * seq^2 numbers, and eager attention holds several such tensors: with 12 heads and
+    1,024 tokens 16 windows one by one need about 300 MB beside the model, four at a time about 1 GB.
 
     Raises:
         ValueError: the attention implementation computes no maps; see :func:`redundant_first`.

@@ -51,7 +51,8 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
     :func:`~greedy_helpers.structure.depth2_modules` again before cutting a second time.
 
     Raises:
-        TypeError, IndexError, ValueError: see :func:`check_units`; the module is then untouched.
+        TypeError, IndexError, ValueError: see :func:`check_units`.
+        Whatever is raised (out of memory, too), the module is left as it was.
     """
     keep = check_units(module, keep, least=1, most=module.n_units)
     gone = torch.ones(module.n_units, dtype=torch.bool, device="cpu")
@@ -67,17 +68,18 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
         else:
             planned.append((group.linear, weight[:, channels], None))
     lists = {path: _kept_entries(module, path, text, keep) for path, text in module.layout.lists.items()}
-    for linear, weight, bias in planned:
-        set_weight(linear, weight, bias)
-    for path, entries in lists.items():
-        if entries is not None:
-            parent, _, name = path.rpartition(".")
-            setattr(module.owner.get_submodule(parent), name, entries)
     sizes = module.sizes | dict.fromkeys(UNIT_AXES, len(keep))
-    for attribute, axes in module.layout.attributes.items():
-        _set_attribute(module.owner, attribute, product(axes, sizes))
-    if module.layout.head_inputs:
-        slice_head_inputs(module.owner, module.layout.head_inputs, keep, module.n_units, module.sizes.get("group", 1))
+    with undone_on_error(module.owner):
+        for linear, weight, bias in planned:
+            set_weight(linear, weight, bias)
+        for path, entries in lists.items():
+            if entries is not None:
+                parent, _, name = path.rpartition(".")
+                setattr(module.owner.get_submodule(parent), name, entries)
+        for attribute, axes in module.layout.attributes.items():
+            _set_attribute(module.owner, attribute, product(axes, sizes))
+        if names := module.layout.head_inputs:
+            slice_head_inputs(module.owner, names, keep, module.n_units, module.sizes.get("group", 1))
 
 
 def _kept_entries(module: Depth2Module, path: str, layout: str, keep: Tensor) -> nn.ModuleList | None:

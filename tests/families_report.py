@@ -129,19 +129,20 @@ def export(name: str, folder: Path) -> str:
     return "no"
 
 
-# Runs with nothing but transformers and torch on its path.
+# What a user without this package does; it never imports greedy_helpers.
 PLAIN_LOADER = """
 import sys, torch, transformers
 from pathlib import Path
-assert "greedy_helpers" not in sys.modules
 folder, tokens = Path(sys.argv[1]), torch.load(sys.argv[1] + "/tokens")
 for logits in sorted(folder.glob("*.logits")):
     config = transformers.AutoConfig.from_pretrained(logits.with_suffix(""))
-    cls = getattr(transformers, config.architectures[0])
-    model, info = cls.from_pretrained(logits.with_suffix(""), output_loading_info=True)
+    auto = transformers.AutoModelForMaskedLM if config.model_type == "bert" else transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(logits.with_suffix(""), output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
-        print(logits.stem, cls.__name__, (model(input_ids=tokens)[0] - torch.load(logits)).abs().max().item())
+        difference = (model(input_ids=tokens)[0] - torch.load(logits)).abs().max().item()
+    print(logits.stem, type(model).__name__, difference)
+assert "greedy_helpers" not in sys.modules
 """
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_model
 
 from greedy_helpers import (
+    checkpoint,
     count_parameters,
     depth2_modules,
     disk_bytes,
@@ -127,6 +129,34 @@ def test_a_place_that_cannot_be_written(tmp_path, tokenizer):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_file_in_the_place_of_the_folder(tmp_path, tokenizer):
+    (tmp_path / "thesis").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"expected a folder, or nothing, at .*thesis, found a file"):
+            save_pruned(tiny_model("llama", torch.float32), tmp_path / "thesis", tokenizer, overwrite=overwrite)
+    assert (tmp_path / "thesis").read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["thesis"]
+
+
+def test_a_rename_that_fails_puts_the_old_checkpoint_back(tmp_path, tokenizer, monkeypatch):
+    folder = save_pruned(tiny_model("llama", torch.float32), tmp_path / "model", tokenizer)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(replace=second_fails, chmod=os.chmod))
+    with pytest.raises(OSError, match="Input/output error"):
+        save_pruned(pruned_model("llama"), folder, tokenizer, overwrite=True)
+    assert len(calls) == 3
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(tmp_path) == ["model"]
+
+
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
 def test_half_a_checkpoint_is_refused(lost, tmp_path, tokenizer):
     folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
@@ -149,11 +179,17 @@ def test_a_cut_off_weight_file_is_refused(tmp_path, tokenizer):
 
 
 def test_a_cut_off_weight_file_of_a_dense_model_is_refused(tmp_path, tokenizer):
-    folder = save_pruned(tiny_model("llama", torch.float32), tmp_path / "model", tokenizer)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(FileNotFoundError, match="is not a complete model folder"):
-        load_model(folder)
+    ours = save_pruned(tiny_model("llama", torch.float32), tmp_path / "ours", tokenizer)
+    plain = tmp_path / "plain"
+    tiny_model("llama", torch.float32).save_pretrained(plain)
+    for folder, error, message in (
+        (ours, ValueError, "is not the file that was saved"),
+        (plain, FileNotFoundError, "is not a complete model folder"),
+    ):
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        with pytest.raises(error, match=message):
+            load_model(folder)
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "pytorch_model.bin"])
@@ -171,6 +207,7 @@ def test_weight_files_that_do_not_belong_are_refused(name, tmp_path, tokenizer):
         ("half a manif", "is not JSON"),
         ("[]", "expected a manifest of .*'version': 1.*found .*None"),
         ('{"format": "greedy_helpers pruned model", "version": 2}', "found .*'version': 2"),
+        ('{"format": "greedy_helpers pruned model", "version": 1}', "expected a manifest of .* with checksums"),
     ],
 )
 def test_foreign_manifests_are_refused(manifest, message, tmp_path, tokenizer):
@@ -220,10 +257,14 @@ def test_tied_weights_stay_tied(tmp_path, tokenizer, tokens):
 def test_sizes_that_do_not_fit(tmp_path, tokenizer):
     folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
     config = json.loads((folder / "config.json").read_text())
-    config["pruned_units"] = {"model.layers.7.mlp": 3}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"names the module 'model\.layers\.7\.mlp', which the model lacks"):
-        load_pruned(folder, verify=False)
+    for units, message in (
+        ({"model.layers.7.mlp": 3}, r"names the module 'model\.layers\.7\.mlp', which the model lacks"),
+        ({"model.layers.1.mlp": 81}, r"layers\.1\.mlp: expected 1 to 80 units, found 81"),
+        ({"model.layers.1.mlp": 0}, r"layers\.1\.mlp: expected 1 to 80 units, found 0"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"pruned_units": units}))
+        with pytest.raises(ValueError, match=message):
+            load_pruned(folder, verify=False)
     with pytest.raises(ValueError, match=r"config\.json is not the file that was saved"):
         load_pruned(folder)
 

@@ -59,6 +59,11 @@ def test_perplexity_switches_dropout_off_and_back(tokens):
         (torch.tensor([1, 2]), ValueError, r"found \[2\]"),
         (torch.tensor([[1]]), ValueError, r"found \[1, 1\]"),
         (torch.zeros(0, 8, dtype=torch.long), ValueError, r"found \[0, 8\]"),
+        (
+            torch.zeros(1, 65, dtype=torch.long),
+            ValueError,
+            "at most 64 tokens, the context of LlamaForCausalLM, found 65",
+        ),
         (torch.rand(2, 8), TypeError, "found dtype torch.float32"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every family: removing equals zeroing, caches agree, checkpoints reload, discovery finds what the table says."""
 
 import copy
+import dataclasses
 import json
 import logging
 
@@ -25,6 +26,7 @@ from greedy_helpers import (
     export_plain,
     prune,
     remove_units,
+    tiny_twin,
     undone_on_error,
     zero_units,
 )
@@ -86,13 +88,15 @@ def test_only_the_module_itself_changes(name):
     model = tiny_model(name)
     before = dict(model.named_parameters())
     for module in depth2_modules(model, [1]):
-        owner_parameters = {f"{module.name}.{key}" for key, _ in module.owner.named_parameters()}
-        remove_units(module, torch.arange(module.n_units - 1))
-        changed = {key for key, parameter in model.named_parameters() if parameter is not before.get(key)}
-        assert changed
-        assert changed <= owner_parameters
-        assert module.level2.linear.bias is before.get(f"{module.level2.path}.bias")
-        before = dict(model.named_parameters())
+        mine = [group.path for group in module.groups] + [f"{module.name}.{path}" for path in module.layout.lists]
+        expected = {f"{path}.{part}" for path in mine for part in ("weight", "bias")} & before.keys()
+        expected -= {f"{module.level2.path}.bias"}  # it belongs to the outputs
+        remove_units(module, torch.arange(1, module.n_units))
+        after = dict(model.named_parameters())
+        changed = {key for key in before.keys() | after.keys() if after.get(key) is not before.get(key)}
+        lists = tuple(f"{module.name}.{path}." for path in module.layout.lists)
+        assert {key for key in changed if not key.startswith(lists)} == expected
+        before = after
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -195,14 +199,41 @@ def test_experts_are_refused_even_if_the_family_is_unknown():
         discover(transformers.MixtralForCausalLM(config))
 
 
-@pytest.mark.parametrize("name", [name for name, row in RECORDED.items() if row["model_type"] in ("llama", "qwen3")])
+WITH_PLAN = [name for name in CONFIGS if tiny_config(name).base_model_tp_plan]
+
+
+@pytest.mark.parametrize("name", WITH_PLAN)
 def test_agrees_with_the_plan_that_transformers_ships(name):
     """base_model_tp_plan shards level 1 by columns and level 2 by rows: an independent list of the same layers."""
-    config = tiny_config(name)
-    ways = {path.removeprefix("layers.*."): way for path, way in config.base_model_tp_plan.items()}
-    for layout in family_of(tiny_model(name)).modules:
-        assert all(ways[f"{layout.owner}.{linear}"].startswith("colwise") for linear in layout.level1)
-        assert all(ways[f"{layout.owner}.{linear}"].startswith("rowwise") for linear in layout.level2)
+    family = family_of(tiny_model(name))
+    mine = {
+        f"{family.blocks}.*.{layout.owner}.{linear}": way
+        for layout in family.modules
+        for linears, way in ((layout.level1, "colwise"), (layout.level2, "rowwise"))
+        for linear in linears
+    }
+    theirs = {
+        path: way.partition("_")[0]
+        for path, way in tiny_config(name).base_model_tp_plan.items()
+        if way.startswith(("colwise", "rowwise")) and not any(f".*.{whole}." in path for whole in family.whole)
+    }
+    assert mine == theirs
+
+
+def test_most_families_have_such_a_plan():
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "olmo2"} <= set(WITH_PLAN)
+
+
+def test_opt_with_a_stale_head_count_is_silently_wrong():
+    """Why a cut has to be proven by its outputs: nothing raises, and the logits are those of another model."""
+    removed, zeroed = tiny_model("opt", attention="sdpa"), tiny_model("opt", attention="sdpa")
+    module = depth2_modules(removed)[0]
+    stale = dataclasses.replace(module, layout=dataclasses.replace(module.layout, attributes={}))
+    remove_units(stale, torch.tensor([0, 2]))
+    zero_units(depth2_modules(zeroed)[0], torch.tensor([1, 3]))
+    with torch.no_grad():
+        difference = removed(some_tokens()).logits - zeroed(some_tokens()).logits
+    assert difference.abs().max() > 0.1
 
 
 # --- discovery from scratch
@@ -228,6 +259,17 @@ def test_a_renamed_family_is_discovered(monkeypatch):
         zero_units(b, torch.arange(b.n_units)[::2])
     with torch.no_grad():
         torch.testing.assert_close(model(some_tokens()).logits, twin(some_tokens()).logits, rtol=0, atol=1e-10)
+
+
+def test_a_layout_that_only_fits_the_size_of_the_twin_is_not_returned():
+    """CodeGen stores its channels in four partitions: with four heads that looks like one head after another."""
+    config = transformers.CodeGenConfig(vocab_size=96, n_embd=128, n_layer=2, n_head=16, n_inner=80, rotary_dim=4)
+    model = transformers.CodeGenForCausalLM(config)
+    family = discover(model)
+    assert [layout.owner for layout in family.modules] == ["mlp"]
+    assert family.whole["attn"].startswith("what fits 4 heads does not fit 8: ")
+    on_four_heads = discover(model, tiny_twin(model, grouped=False))
+    assert [layout.owner for layout in on_four_heads.modules] == ["attn", "mlp"]  # why one twin is not enough
 
 
 class StrangeConfig(PreTrainedConfig):
@@ -378,21 +420,41 @@ def test_plain_export(name, exported):
         assert loaded[name][1] <= 1e-5
 
 
-def test_llama_with_a_head_count_its_config_refuses_becomes_mistral(tmp_path):
+def llama_with_six_of_eight_heads(**values):
     """LLaMA-7B's 32 -> 24 heads at width 4,096 in small: 64 is no multiple of 6."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=8,
-        initializer_range=0.2,
+        initializer_range=0.2, max_position_embeddings=64, **values,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     for module in depth2_modules(model):
         remove_units(module, torch.arange(module.n_units * 3 // 4))
-    export_plain(model, tmp_path / "model")
-    with torch.no_grad():
-        torch.save(model(some_tokens()).logits, tmp_path / "model.logits")
-    assert report.load_plainly(tmp_path)["model"][0] == "MistralForCausalLM"
-    assert report.load_plainly(tmp_path)["model"][1] <= 1e-6
+    return model
+
+
+def test_llama_with_a_head_count_its_config_refuses_becomes_mistral(tmp_path):
+    scaled = {
+        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    variants = {"llama-1": {}, "llama-3-1": {"num_key_value_heads": 4, "rope_parameters": scaled}}
+    for name, values in variants.items():
+        model = llama_with_six_of_eight_heads(**values)
+        export_plain(model, tmp_path / name)
+        with torch.no_grad():
+            torch.save(model(some_tokens()).logits, tmp_path / f"{name}.logits")
+    loaded = report.load_plainly(tmp_path)
+    assert set(loaded) == set(variants)
+    for cls, difference in loaded.values():
+        assert cls == "MistralForCausalLM"
+        assert difference <= 1e-6
+
+
+def test_llama_with_biases_and_a_head_count_that_no_config_takes(tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)no plain config takes .*use save_pruned.*multiple.*Mistral.*do not fit"):
+        export_plain(llama_with_six_of_eight_heads(attention_bias=True), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_plain_config_cannot_say_is_refused(tmp_path):

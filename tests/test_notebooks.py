@@ -60,6 +60,7 @@ def test_the_set_up_cell_is_the_same_everywhere_and_names_the_repository(path):
     assert first == code_cells(read(NOTEBOOKS[0]))[0].source
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     assert f'REPOSITORY = "{urls["Repository"]}"' in first
+    assert "\n    %pip install --quiet git+{REPOSITORY}\n" in first, "on Colab the cell has to install the package"
     assert "torch" not in first.replace("its own torch", "")
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY, assert_untouched, state_of
 from tiny import tiny_model
 
-from greedy_helpers import depth2_modules, remove_units, undone_on_error, weight_of, zero_units
+from greedy_helpers import depth2_modules, remove_units, set_weight, surgery, undone_on_error, weight_of, zero_units
 
 
 def random_units(n_units: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +96,35 @@ def test_nothing_else_is_touched(model):
     mine = {f"{group.path}.{part}" for group in module.groups for part in ("weight", "bias")}
     for name, parameter in model.named_parameters():
         assert (parameter is before[name]) == (name not in mine or parameter is module.level2.linear.bias)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_device_and_frozen_parameters_are_kept(dtype, device, model):
+    model = model.to(device, dtype).requires_grad_(False)
+    for module in depth2_modules(model):
+        remove_units(module, torch.tensor([0, 1]))
+    for name, parameter in model.named_parameters():
+        assert (parameter.dtype, parameter.device.type) == (dtype, device), name
+        assert not parameter.requires_grad
+        assert parameter.is_contiguous()
+
+
+def test_out_of_memory_in_the_middle_of_one_cut(model, monkeypatch):
+    """All but the last of the module's linears are cut already: they are put back."""
+    before, module, calls = state_of(model), depth2_modules(model)[0], []
+
+    def runs_out_of_memory(*args):
+        calls.append(args)
+        if len(calls) == len(module.groups):
+            raise MemoryError
+        set_weight(*args)
+
+    monkeypatch.setattr(surgery, "set_weight", runs_out_of_memory)
+    with pytest.raises(MemoryError):
+        remove_units(module, torch.tensor([0]))
+    assert len(calls) == len(module.groups)
+    assert_untouched(model, before)
 
 
 def test_survivors_keep_their_order_whatever_the_order_asked():

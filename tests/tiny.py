@@ -59,8 +59,6 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "bert": ("Bert", _SIZE),
 }  # fmt: skip
 ENCODERS = ("bert",)
-# transformers refuses sdpa for these classes.
-EAGER_ONLY = ("gpt_neo", "gptj", "bloom", "gemma2")
 
 
 def tiny_config(name: str):

@@ -5,14 +5,72 @@ Three levels each: the shape, the values against an independent reference, and a
 
 from .common import NotYet
 from .nb01 import check_fused_layout, check_pieces, check_remove_channels
+from .nb02 import (
+    check_first_order,
+    check_fool_magnitude,
+    check_gated_magnitude,
+    check_purposes,
+    check_unit_energy,
+)
 from .nb03 import check_group_divergence, check_js_rows, check_with_living_twin
+from .nb04 import (
+    check_head_scores,
+    check_second_moment_scores,
+    check_set_cost,
+    check_spearman,
+    check_standard_error,
+)
+from .nb05 import (
+    check_block_macs,
+    check_greedy_plan,
+    check_head_parameters,
+    check_remove_heads,
+    check_units_left,
+)
+from .nb06 import (
+    check_bias_remedy,
+    check_centred_solve,
+    check_error_from_moments,
+    check_ridge_toward,
+)
+from .nb09 import (
+    check_downdate,
+    check_greedy_keep,
+    check_removal_cost,
+    check_residual_refit,
+    check_rising_prices,
+)
 
 __all__ = [
     "NotYet",
+    "check_bias_remedy",
+    "check_block_macs",
+    "check_centred_solve",
+    "check_downdate",
+    "check_error_from_moments",
+    "check_first_order",
+    "check_fool_magnitude",
     "check_fused_layout",
+    "check_gated_magnitude",
+    "check_greedy_keep",
+    "check_greedy_plan",
     "check_group_divergence",
+    "check_head_parameters",
+    "check_head_scores",
     "check_js_rows",
     "check_pieces",
+    "check_purposes",
+    "check_removal_cost",
     "check_remove_channels",
+    "check_remove_heads",
+    "check_residual_refit",
+    "check_ridge_toward",
+    "check_rising_prices",
+    "check_second_moment_scores",
+    "check_set_cost",
+    "check_spearman",
+    "check_standard_error",
+    "check_unit_energy",
+    "check_units_left",
     "check_with_living_twin",
 ]
