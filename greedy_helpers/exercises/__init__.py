@@ -33,6 +33,7 @@ from .nb06 import (
     check_error_from_moments,
     check_ridge_toward,
 )
+from .nb07 import check_draw, check_shared_runs, check_sigma_of_random_ids
 from .nb09 import (
     check_downdate,
     check_greedy_keep,
@@ -47,6 +48,7 @@ __all__ = [
     "check_block_macs",
     "check_centred_solve",
     "check_downdate",
+    "check_draw",
     "check_error_from_moments",
     "check_first_order",
     "check_fool_magnitude",
@@ -68,6 +70,8 @@ __all__ = [
     "check_rising_prices",
     "check_second_moment_scores",
     "check_set_cost",
+    "check_shared_runs",
+    "check_sigma_of_random_ids",
     "check_spearman",
     "check_standard_error",
     "check_unit_energy",
