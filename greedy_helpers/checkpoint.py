@@ -400,7 +400,9 @@ def _model_card(
         facts |= {
             "ratio": "by plan" if report.ratio is None else f"{report.ratio} of the units of each module",
             "criterion": report.criterion,
-            "reconstruction": f"{report.refit or 'none'}, damping {report.damp}",
+            "reconstruction": "none"
+            if report.refit is None
+            else f"refit {report.refit}, target {report.target}, damping {report.damp}",
             "calibration": f"{report.tokens:,} tokens",
         }
     facts |= {key: str(value) for key, value in details.items()}

@@ -243,7 +243,13 @@ def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, to
     assert manifest["report"]["ratio"] == 0.25
     assert [step["units_after"] for step in manifest["report"]["steps"]] == [3, 60, 3, 60]
     card = (folder / "README.md").read_text()
-    for fact in ("| ratio | 0.25 of", "| criterion | second_moment |", "| calibration | 144 tokens |", "| 14.25 |"):
+    for fact in (
+        "| ratio | 0.25 of",
+        "| criterion | second_moment |",
+        "| calibration | 144 tokens |",
+        "| 14.25 |",
+        "refit both, target ",
+    ):
         assert fact in card
 
 
