@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -250,45 +251,57 @@ def sweep(
         for model, seed, ratio, recipe in product(models, seeds, ratios, recipes)
     ]
     todo = [row for row in wanted if _key(row) not in done]
-    loaded: tuple | None = None
+    subject: _Subject | None = None
     for row in tqdm(todo, desc="sweep", unit="run", disable=not progress):
-        if loaded is None or loaded[0] != row["model"]:
-            loaded = (row["model"], *_load(row["model"], settings, extra))
-        _, (dense, tokenizer, validation), judge = loaded
+        if subject is None or subject.name != row["model"]:
+            subject = _Subject(row["model"], settings, extra)
         if row["model"] not in found["dense"]:
-            found["dense"][row["model"]] = judge(dense)
-        source = settings.source or next(iter(default_sources(row["model"]).values()))
-        calibration = calibration_tokens(tokenizer, settings.calibration, settings.seq, source, seed=row["seed"])
-        model, recipe = copy.deepcopy(dense), Recipe(row["criterion"], row["remedy"], row["allocation"])
+            found["dense"][row["model"]] = subject.judge(subject.dense)
+        calibration = subject.calibration(row["seed"])
+        model, recipe = copy.deepcopy(subject.dense), Recipe(row["criterion"], row["remedy"], row["allocation"])
+        validation = subject.validation() if recipe.criterion == _BEST else None
         started = time.perf_counter()
         options = {"seed": row["seed"], "damp": settings.damp, "progress": False, "validation": validation}
         report = apply(model, calibration, row["ratio"], recipe, **options)
         seconds = time.perf_counter() - started
         left = {f"{key} left": round(after / before, 5) for key, (before, after) in report.parameters.items()}
-        found["rows"].append(row | judge(model) | left | {"seconds": round(seconds, 2)})
+        found["rows"].append(row | subject.judge(model) | left | {"seconds": round(seconds, 2)})
         _write(out, found)
     if not todo:
         _write(out, found)
     return found
 
 
-def _load(name: str, settings: Settings, extra: Callable[[str], Judge] | None):
-    dense, tokenizer = load_model(name)
-    texts = {
-        label: evaluation_tokens(tokenizer, settings.evaluation, settings.seq, source)
-        for label, source in default_sources(name).items()
-    }
-    validation = [
-        evaluation_tokens(tokenizer, settings.evaluation, settings.seq, source, "validation")
-        for source in default_sources(name).values()
-    ]
-    more = extra(name) if extra is not None else lambda model: {}
+class _Subject:
+    """One model of a sweep and its texts, each tokenized once, and only if a recipe needs it."""
 
-    def judge(model: PreTrainedModel) -> dict[str, float]:
-        numbers = {label: perplexity(model, tokens) for label, tokens in texts.items()} | more(model)
+    def __init__(self, name: str, settings: Settings, extra: Callable[[str], Judge] | None) -> None:
+        self.name, self._settings = name, settings
+        self.dense, self._tokenizer = load_model(name)
+        self._sources = default_sources(name)
+        self._texts = {label: self._held_out(source) for label, source in self._sources.items()}
+        self._more = extra(name) if extra is not None else lambda model: {}
+        self._calibration: tuple[int, Tensor] | None = None  # of the seed asked for last
+        self._validation: Tensor | None = None
+
+    def _held_out(self, source: str, part: Literal["test", "validation"] = "test") -> Tensor:
+        return evaluation_tokens(self._tokenizer, self._settings.evaluation, self._settings.seq, source, part)
+
+    def judge(self, model: PreTrainedModel) -> dict[str, float]:
+        numbers = {label: perplexity(model, tokens) for label, tokens in self._texts.items()} | self._more(model)
         return {label: round(value, 4) for label, value in numbers.items()}
 
-    return (dense, tokenizer, torch.cat(validation)), judge
+    def calibration(self, seed: int) -> Tensor:
+        if self._calibration is None or self._calibration[0] != seed:
+            source = self._settings.source or next(iter(self._sources.values()))
+            windows, seq = self._settings.calibration, self._settings.seq
+            self._calibration = seed, calibration_tokens(self._tokenizer, windows, seq, source, seed=seed)
+        return self._calibration[1]
+
+    def validation(self) -> Tensor:
+        if self._validation is None:
+            self._validation = torch.cat([self._held_out(source, "validation") for source in self._sources.values()])
+        return self._validation
 
 
 def _described(settings: Settings) -> dict:
