@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from .checkpoint import load_model, save_pruned
-from .compare import CRITERIA, RECOMMENDED, REMEDIES, Recipe, Settings, apply, frame, sweep
+from .checkpoint import MANIFEST, load_model, save_pruned
+from .compare import ALLOCATIONS, CRITERIA, RECOMMENDED, REMEDIES, Recipe, Settings, apply, frame, sweep
 from .data import calibration_tokens, default_sources, evaluation_tokens
 from .evaluate import count_parameters, generate_text, perplexity
 
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "--criterion", default=RECOMMENDED.criterion, help=f"{', '.join(CRITERIA)}; default: %(default)s"
     )
     prune.add_argument("--remedy", default=RECOMMENDED.remedy, choices=REMEDIES)
-    prune.add_argument("--allocation", default="uniform", choices=("uniform", "adaptive", "cost"))
+    prune.add_argument("--allocation", default="uniform", choices=ALLOCATIONS)
     prune.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     _text_arguments(prune, calibration=64)
     prune.add_argument("--damp", type=float, default=1e-2)
@@ -113,7 +113,7 @@ def _evaluate(args: argparse.Namespace) -> dict:
 
 def _base_of(folder: Path) -> str:
     """The model a checkpoint of ours was made from: it decides which text is held out."""
-    manifest = folder / "pruned.json"
+    manifest = folder / MANIFEST
     return json.loads(manifest.read_text())["details"].get("base model", "") if manifest.exists() else folder.name
 
 

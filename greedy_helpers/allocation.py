@@ -7,6 +7,7 @@ of a ratio. Ratios are of units by default; budgets are counted in parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,17 +136,10 @@ def adaptive_plan(
         values = scores[module.name].double().cpu()
         spread = values.std() if len(values) > 1 else torch.tensor(0.0)
         standard = (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
-        n_free = module.n_units - max(1, round(floor * module.n_units))
         cost = unit_parameters(module)
-        candidates += [(value, cost, module.name) for value in standard.sort().values[:n_free].tolist()]
-    plan, removed = {module.name: module.n_units for module in modules}, 0
-    for _, cost, name in sorted(candidates):
-        if removed >= n_parameters:
-            break
-        plan[name] -= 1
-        removed += cost
-    _check_enough(modules, plan, n_parameters)
-    return plan
+        lowest = standard.sort().values[: _n_free(module, floor)].tolist()
+        candidates += [(value, cost, module.name) for value in lowest]
+    return _cheapest_first(modules, candidates, n_parameters)
 
 
 def cost_plan(
@@ -165,16 +159,27 @@ def cost_plan(
         KeyError: a module without scores.
         ValueError: more parameters than the floor leaves to remove.
     """
-    queue, curves = [], {}
+    candidates = []
     for module in modules:
-        rising = scores[module.name].double().sort().values
-        n_free = module.n_units - max(1, round(floor * module.n_units))
+        rising = scores[module.name].double().sort().values[: _n_free(module, floor)]
         # a unit that costs little behind one that costs much is not for sale alone: average the price over both
-        curves[module.name] = _rising_prices(rising[:n_free].diff(prepend=rising.new_zeros(1)).tolist())
+        prices = _rising_prices(rising.diff(prepend=rising.new_zeros(1)).tolist())
         cost = unit_parameters(module)
-        queue += [(price / cost, place, cost, module.name) for place, price in enumerate(curves[module.name])]
+        candidates += [((price / cost, place), cost, module.name) for place, price in enumerate(prices)]
+    return _cheapest_first(modules, candidates, n_parameters)
+
+
+def _n_free(module: Depth2Module, floor: float) -> int:
+    """How many units may go when the share `floor`, and at least one, has to stay."""
+    return module.n_units - max(1, round(floor * module.n_units))
+
+
+def _cheapest_first(
+    modules: Sequence[Depth2Module], candidates: Sequence[tuple[Any, int, str]], n_parameters: int
+) -> dict[str, int]:
+    """Let units go in the order of their keys until `n_parameters` are gone: candidates are (key, parameters, name)."""
     plan, removed = {module.name: module.n_units for module in modules}, 0
-    for _, _, cost, name in sorted(queue):
+    for _, cost, name in sorted(candidates):
         if removed >= n_parameters:
             break
         plan[name] -= 1

@@ -260,10 +260,20 @@ def obs_cost(module: Depth2Module, seen: Seen, damp: float = 1e-2) -> Tensor:
         raise ValueError(f"{seen.level2.name}: {seen.level2.n} tokens for {len(h)} channels; expected damp > 0")
     h = h + damp * h.diagonal().mean() * torch.eye(len(h)).to(h)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    index = module.level2.index.to(h.device)
-    b = weight_of(module.level2.linear).to(h)[:, index].transpose(0, 1)  # [n_units, d, width]
+    weight = weight_of(module.level2.linear).to(h)
+    return removal_costs(inverse, weight.T, module.level2.index.to(h.device)) / seen.level2.n
+
+
+def removal_costs(inverse: Tensor, solution: Tensor, index: Tensor) -> Tensor:
+    """tr(B_g' ([H^-1]_gg)^-1 B_g) for the channels g of every unit: [n_units].
+
+    Args:
+        inverse: [n, n], H^-1; solution: [n, d_y], B, the minimiser on all n channels.
+        index: long [n_units, width].
+    """
     blocks = inverse[index[:, :, None], index[:, None, :]]  # [n_units, width, width]
-    return (torch.linalg.solve(blocks, b.mT) * b.mT).sum((1, 2)) / seen.level2.n
+    b = solution[index]  # [n_units, width, d_y]
+    return (torch.linalg.solve(blocks, b) * b).sum((1, 2))
 
 
 def taylor(model: PreTrainedModel, tokens: Tensor, kind: str = "element1", batch_size: int = 1) -> Criterion:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .criteria import Criterion, Seen
+from .criteria import Criterion, Seen, removal_costs
 from .reconstruct import normal_equations
 from .structure import Depth2Module, weight_of
 
@@ -91,16 +91,9 @@ def eliminate(
         torch.cat(order).cpu() if order else empty.long(),
         torch.cat(costs).cpu() if costs else empty,
         units.cpu(),
-        _costs(state.inverse, state.solution, state.places(left)).double().cpu(),
+        removal_costs(state.inverse, state.solution, state.places(left)).double().cpu(),
         state.solution.double(),
     )
-
-
-def _costs(inverse: Tensor, solution: Tensor, places: Tensor) -> Tensor:
-    """tr(B_g' ([H^-1]_gg)^-1 B_g) for the channels of every unit: [units]."""
-    blocks = inverse[places[:, :, None], places[:, None, :]]  # [units, width, width]
-    b = solution[places]  # [units, width, d_y]
-    return (torch.linalg.solve(blocks, b) * b).sum((1, 2))
 
 
 class _State:
@@ -139,7 +132,7 @@ class _State:
 
 def _one_unit(state: _State, places: Tensor, _most: int) -> tuple[Tensor, Tensor]:
     """Remove the cheapest unit of several channels. `places`: long [units, width]."""
-    costs = _costs(state.inverse, state.solution, places)
+    costs = removal_costs(state.inverse, state.solution, places)
     gone = costs.argmin()
     g = places[gone]
     columns = state.inverse[:, g]  # [n, width]
@@ -206,7 +199,7 @@ def swap(h: Tensor, rest: Tensor, index: Tensor, keep: Tensor, most: int = 50, t
         for place in gains.argsort(descending=True)[:tries].tolist():
             candidate = int(outside[place])
             trial = torch.tensor(sorted({*kept, candidate}), device=h.device)
-            costs = _removal_costs(h, rest, index[trial])
+            costs = _survivor_costs(h, rest, index[trial])
             costs[(trial == candidate).nonzero()] = torch.inf
             if costs.min() < gains[place] * (1 - 1e-9):
                 kept = {*kept, candidate} - {int(trial[costs.argmin()])}
@@ -231,12 +224,12 @@ def _gains(h: Tensor, rest: Tensor, index: Tensor, inside: Tensor, outside: Tens
     return (torch.linalg.solve(schur, q) * q).sum((1, 2))
 
 
-def _removal_costs(h: Tensor, rest: Tensor, index: Tensor) -> Tensor:
+def _survivor_costs(h: Tensor, rest: Tensor, index: Tensor) -> Tensor:
     """Exact cost of removing each of the units that are there: [units]."""
     s = index.flatten()
     factor = torch.linalg.cholesky(h[s][:, s])
     inverse, b = torch.cholesky_inverse(factor), torch.cholesky_solve(rest[s], factor)
-    return _costs(inverse, b, torch.arange(len(s), device=h.device).view(index.shape))
+    return removal_costs(inverse, b, torch.arange(len(s), device=h.device).view(index.shape))
 
 
 def exact_greedy(
@@ -274,7 +267,7 @@ def exact_greedy(
             keep, trades = swap(h, h @ solution, module.level2.index, keep, swaps)
             if trades:
                 scores[path.keep] = total  # those of them that went in a trade went last
-                next_costs = _removal_costs(h, h @ solution, module.level2.index[keep].to(h.device)).cpu()
+                next_costs = _survivor_costs(h, h @ solution, module.level2.index[keep].to(h.device)).cpu()
         scores[keep] = total * (1 + 1e-9) + next_costs.clamp(min=0) / moments.n + torch.finfo(torch.float64).tiny
         return scores
 

@@ -8,18 +8,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from . import plots
 from .allocation import Plan, check_plan, check_ratio, keep_best, n_removed
 from .capture import BlockStream
 from .criteria import Criterion, Seen, second_moment
@@ -30,6 +27,9 @@ from .reconstruct import Solution, add_to_bias
 from .reconstruct import refit as refit_linears
 from .structure import Depth2Module, UnsupportedModule, blocks_of, depth2_modules, family_of, weight_of
 from .surgery import remove_units, undone_on_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Refit = Literal[None, "pre", "post", "both", "bias"]
 Target = Literal["dense", "local", "residual"]
@@ -94,6 +94,10 @@ class PruneReport:
 
     def figure(self) -> Figure:
         """Units left and errors per module: see :func:`~greedy_helpers.plots.prune_steps`."""
+        from matplotlib import pyplot as plt  # here, so that importing the package does not import matplotlib
+
+        from . import plots
+
         fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", facecolor="white")
         plots.prune_steps(axes, self.to_frame())
         plt.close(fig)  # shown where it is returned to, and not a second time
@@ -202,7 +206,7 @@ def prune(
                 names = {module.name for module in chosen_here}
                 # the residual target follows the stream through all modules of the block, cut or not
                 modules = depth2_modules(model, [index]) if names and target == "residual" else chosen_here
-                targets = [DenseTargets(module) for module in modules]
+                targets = [DenseTargets(module, means=refit == "bias") for module in modules]
                 in_front = dense.hidden
                 advance_dense(dense, block, index, targets)  # before anything in the block changes: no second copy
                 if names and target == "residual":
@@ -351,7 +355,8 @@ class DenseTargets:
     Kept for the modules of one block at a time: two tensors [tokens, d] per module, no inner activations.
     """
 
-    def __init__(self, module: Depth2Module) -> None:
+    def __init__(self, module: Depth2Module, means: bool = False) -> None:
+        self._means = means
         self._level1 = [group.linear for group in module.level1.values()]
         self._level2 = module.level2.linear
         self.linears = [self._level1[0], self._level2]
@@ -364,11 +369,12 @@ class DenseTargets:
         """Add one batch of the dense linears' inputs: level 1's x [tokens, d] and level 2's z [tokens, channels]."""
         self._x.append(x)
         self.level2.append(_apply(self._level2, z))
-        self._n, self._z_sum = self._n + len(z), self._z_sum + z.sum(0, dtype=torch.float64)
+        if self._means:
+            self._n, self._z_sum = self._n + len(z), self._z_sum + z.sum(0, dtype=torch.float64)
 
     @property
     def hidden_mean(self) -> Tensor:
-        """Mean of level 2's input in the dense model, float64 [channels]."""
+        """Mean of level 2's input in the dense model, float64 [channels]; only with `means`."""
         return self._z_sum / self._n
 
     @property

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import assert_untouched, state_of
+from slow import recorded, refit_slowly
 from tiny import VOCABULARY, tiny_model
 from transformers import XLMConfig, XLMModel
 
@@ -17,7 +18,6 @@ from greedy_helpers import (
     random_scores,
     remove_units,
     second_moment,
-    set_weight,
     weight_norm,
     weight_of,
     zero_units,
@@ -65,21 +65,10 @@ def reference_prune(model, tokens, ratio, refit, damp):
     dense, errors = copy.deepcopy(model), []
 
     def activations(which, linear):
-        seen = []
-        handle = linear.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-        with torch.no_grad():
-            which(tokens)
-        handle.remove()
-        return [part.flatten(0, -2) for part in seen[0]]
+        return recorded(which, linear, tokens)
 
     def solve(linear, x, y):
-        w0, centre = weight_of(linear), linear.bias is not None
-        x_mean, y_mean = (x.mean(0), y.mean(0)) if centre else (torch.zeros(()), torch.zeros(()))
-        x, y = x - x_mean, y - y_mean
-        lam = damp * x.square().sum() / x.shape[1]
-        above = torch.cat([x, lam.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
-        new = torch.linalg.lstsq(above, torch.cat([y, lam.sqrt() * w0.T])).solution.T
-        set_weight(linear, new, y_mean - new @ x_mean if centre else None)
+        refit_slowly(linear, x, y, damp)
 
     for number in range(len(depth2_modules(model))):
         module, original = depth2_modules(model)[number], depth2_modules(dense)[number]

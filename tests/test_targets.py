@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from slow import recorded, refit_slowly
 from tiny import VOCABULARY, tiny_model
 
 from greedy_helpers import (
@@ -19,7 +20,6 @@ from greedy_helpers import (
     remove_units,
     save_pruned,
     scores_of,
-    set_weight,
     weight_of,
 )
 
@@ -29,16 +29,6 @@ NAMES = ("llama", "llama-gqa", "gpt2", "gpt_neox", "phi")  # the last two add at
 
 def tokens_(n=20, seed=5):
     return torch.randint(0, VOCABULARY, (n, 24), generator=torch.Generator().manual_seed(seed))
-
-
-def recorded(model, linear, tokens):
-    """(input, output) of one linear in a full pass, [tokens, channels] each."""
-    seen = []
-    handle = linear.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    with torch.no_grad():
-        model(tokens)
-    handle.remove()
-    return [part.flatten(0, -2) for part in seen[0]]
 
 
 def stream_in_front(model, number, tokens):
@@ -56,16 +46,6 @@ def stream_in_front(model, number, tokens):
     for earlier in range(number - number % 2, number):
         stream = stream + recorded(model, modules[earlier].level2.linear, tokens)[1]
     return stream
-
-
-def refit_slowly(linear, x, y, damp):
-    w0, centre = weight_of(linear), linear.bias is not None
-    x_mean, y_mean = (x.mean(0), y.mean(0)) if centre else (torch.zeros(()), torch.zeros(()))
-    x, y = x - x_mean, y - y_mean
-    lam = damp * x.square().sum() / x.shape[1]
-    above = torch.cat([x, lam.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
-    new = torch.linalg.lstsq(above, torch.cat([y, lam.sqrt() * w0.T])).solution.T
-    set_weight(linear, new, y_mean - new @ x_mean if centre else None)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import expect
+from .common import expect, same
 
 
 def _is_float(found: object, shape: tuple[int, ...], what: str) -> Tensor:
@@ -35,7 +35,7 @@ def check_gated_magnitude(gated_magnitude: Callable[[Tensor, Tensor, Tensor], Te
         asked = f"gated_magnitude of {n} channels in {d} dimensions"
         found = _is_float(gated_magnitude(*weights), (n,), asked)
         expect(
-            all(torch.equal(a, b) for a, b in zip(weights, before, strict=True)),
+            same(weights, before),
             f"{asked}: your function changed its arguments; work on copies",
         )
         gate, up, down = weights
@@ -76,7 +76,7 @@ def check_unit_energy(unit_energy: Callable[[Tensor, Tensor, Tensor], Tensor]) -
         asked = f"{units} units of {width} channel{'s' * (width > 1)}"
         found = _is_float(unit_energy(z, b, index), (units,), asked)
         expect(
-            torch.equal(z, before[0]) and torch.equal(b, before[1]),
+            same((z, b), before),
             f"{asked}: your function changed its arguments; work on copies",
         )
         right = torch.zeros(units, dtype=torch.float64)
@@ -119,7 +119,7 @@ def check_first_order(first_order: Callable[[Callable[[Tensor, Tensor], Tensor],
         asked = f"{n} channels"
         found = _is_float(first_order(loss, a, b), (n,), asked)
         expect(
-            torch.equal(a, before[0]) and torch.equal(b, before[1]),
+            same((a, b), before),
             f"{asked}: your function changed the weights; work on copies",
         )
         expect(
@@ -195,7 +195,7 @@ def check_fool_magnitude(fool_magnitude: Callable[[Tensor, Tensor, Tensor, Tenso
         asked = f"{n} channels in the order {order.tolist()}"
         c = _is_float(fool_magnitude(gate, up, down, order), (n,), asked)
         expect(
-            torch.equal(up, before[0]) and torch.equal(down, before[1]) and torch.equal(order, before[2]),
+            same((up, down, order), before),
             f"{asked}: your function changed its arguments; only return the scales",
         )
         expect(bool((c > 0).all() and c.isfinite().all()), f"{asked}: expected positive, finite scales, found {c}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import expect
+from .common import expect, is_tensor, same
 
 
 def _number(found: object, what: str) -> float:
@@ -20,9 +20,7 @@ def _number(found: object, what: str) -> float:
 
 
 def _vector(found: object, n: int, what: str) -> Tensor:
-    expect(isinstance(found, Tensor), f"{what}: expected a torch tensor, found {type(found).__name__}")
-    expect(tuple(found.shape) == (n,), f"{what}: expected shape [{n}], found {list(found.shape)}")
-    return found.detach().double()
+    return is_tensor(found, (n,), what).detach().double()
 
 
 def _toy(seed: int, d_out: int, channels: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,7 +40,7 @@ def check_second_moment_scores(second_moment_scores: Callable[[Tensor, Tensor, T
     before = [t.clone() for t in (a, b, sigma)]
     found = _vector(second_moment_scores(a, b, sigma), 5, "second_moment_scores")
     expect(
-        all(torch.equal(new, old) for new, old in zip((a, b, sigma), before, strict=True)),
+        same((a, b, sigma), before),
         "second_moment_scores: changed its arguments; work on copies",
     )
     pre = x @ a.T  # [n, channels]: the mean of its squares is a_j' Sigma a_j, exactly, as Sigma is this sample's

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .common import expect
+from .common import expect, is_tensor, same
 
 
 def _draw(seed: int, n: int, d_x: int, d_y: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,16 +27,6 @@ def _augmented(x: Tensor, y: Tensor, toward: Tensor, lam: float) -> Tensor:
     return torch.linalg.lstsq(above, below).solution.T
 
 
-def _same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def _is_tensor(found: object, shape: tuple[int, ...], what: str) -> Tensor:
-    expect(isinstance(found, Tensor), f"{what}: expected a torch tensor, found {type(found).__name__}")
-    expect(tuple(found.shape) == shape, f"{what}: expected shape {list(shape)}, found {list(found.shape)}")
-    return found
-
-
 def check_ridge_toward(ridge_toward: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> str:
     """Notebook 06: `ridge_toward(x, y, w0, lam)` -> W [d_y, d_x] near the targets and near the current weight."""
     for n, lam in ((40, 0.0), (40, 3.0), (3, 0.5)):
@@ -44,8 +34,8 @@ def check_ridge_toward(ridge_toward: Callable[[Tensor, Tensor, Tensor, float], T
         before = [tensor.clone() for tensor in given]
         x, y, w0 = before
         what = f"{n} tokens, lam = {lam}"
-        found = _is_tensor(ridge_toward(*given, lam), (2, 5), what)
-        expect(_same(given, before), "ridge_toward: changed one of its arguments; work on copies")
+        found = is_tensor(ridge_toward(*given, lam), (2, 5), what)
+        expect(same(given, before), "ridge_toward: changed one of its arguments; work on copies")
         right = _augmented(x, y, w0, lam)
         toward_zero = _augmented(x, y, torch.zeros_like(w0), lam)
         expect(
@@ -80,7 +70,7 @@ def check_error_from_moments(error_from_moments: ErrorFromMoments) -> str:
         expect(found is not None, "error_from_moments: expected a number, found None")
         found = torch.as_tensor(found)
         expect(found.numel() == 1, f"error_from_moments: expected one number, found shape {list(found.shape)}")
-        expect(_same(given, before), "error_from_moments: changed one of its arguments; work on copies")
+        expect(same(given, before), "error_from_moments: changed one of its arguments; work on copies")
         found, total = found.item(), y.square().sum().item()
         left = (y - x @ w.T).square().sum().item()
         right, hint = left / total, ""
@@ -112,8 +102,8 @@ def check_centred_solve(centred_solve: CentredSolve) -> str:
         found = centred_solve(50, *given, lam)
         what = f"lam = {lam:g}"
         expect(isinstance(found, tuple | list) and len(found) == 2, f"{what}: expected a pair (W, b)")
-        weight, bias = _is_tensor(found[0], (3, 4), f"{what}: W"), _is_tensor(found[1], (3,), f"{what}: b")
-        expect(_same(given, before), "centred_solve: changed one of its arguments; work on copies")
+        weight, bias = is_tensor(found[0], (3, 4), f"{what}: W"), is_tensor(found[1], (3,), f"{what}: b")
+        expect(same(given, before), "centred_solve: changed one of its arguments; work on copies")
         middle, aim = data.mean(0), targets.mean(0)
         right = _augmented(data - middle, targets - aim, w0, lam)
         uncentred = _augmented(data, targets, w0, lam)
@@ -141,8 +131,8 @@ def check_bias_remedy(bias_remedy: Callable[[Tensor, Tensor, Tensor], Tensor]) -
         given = (w, z, torch.tensor(gone))
         before = [tensor.clone() for tensor in given]
         what = f"channels {gone}"
-        found = _is_tensor(bias_remedy(*given), (3,), what)
-        expect(_same(given, before), "bias_remedy: changed one of its arguments; work on copies")
+        found = is_tensor(bias_remedy(*given), (3,), what)
+        expect(same(given, before), "bias_remedy: changed one of its arguments; work on copies")
         lost = z[:, gone] @ w[:, gone].T
         right, hint = lost.mean(0), ""
         stays = [c for c in range(6) if c not in gone]
@@ -156,6 +146,6 @@ def check_bias_remedy(bias_remedy: Callable[[Tensor, Tensor, Tensor], Tensor]) -
             hint = ". The sign: what was lost has to be put back"
         expect(torch.allclose(found, right), f"{what}: expected {right}, found {found}{hint}")
     w, z = torch.ones(3, 2).double(), torch.ones(4, 2).double()
-    found = _is_tensor(bias_remedy(w, z, torch.tensor([], dtype=torch.long)), (3,), "nothing removed")
+    found = is_tensor(bias_remedy(w, z, torch.tensor([], dtype=torch.long)), (3,), "nothing removed")
     expect(bool((found == 0).all()), f"nothing removed: expected zeros, found {found}")
     return "correct: the mean of what was removed"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .common import expect, is_index
+from .common import expect, is_index, same
 
 
 def _problem(seed: int, channels: int = 6, tokens: int = 40, d_y: int = 3, lam: float = 0.5) -> tuple[Tensor, ...]:
@@ -30,10 +30,6 @@ def _ridge(z: Tensor, y: Tensor, channels: Sequence[int], lam: float = 0.5) -> t
     below = torch.cat([y, y.new_zeros(z.shape[1], y.shape[1])])
     solution = torch.linalg.lstsq(above, below).solution
     return (below - above @ solution).square().sum().item(), solution
-
-
-def _same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def check_removal_cost(removal_cost: Callable[[Tensor, Tensor, int], Tensor]) -> str:
@@ -57,7 +53,7 @@ def check_removal_cost(removal_cost: Callable[[Tensor, Tensor, int], Tensor]) ->
             math.isclose(found.item(), right, rel_tol=1e-6),
             f"channel {j}: solving again without it raises the error by {right:.4f}, found {found.item():.4f}",
         )
-    expect(_same((h, b), before), "removal_cost: changed its argument; work on a copy")
+    expect(same((h, b), before), "removal_cost: changed its argument; work on a copy")
     lonely = removal_cost(torch.diag(torch.tensor([4.0, 9.0])).double(), torch.eye(2).double(), 1)
     expect(
         math.isclose(float(lonely), 9.0, rel_tol=1e-6),
@@ -78,7 +74,7 @@ def check_downdate(downdate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Te
             "downdate: expected a pair, the new inverse and B",
         )
         new_inverse, new_b = found
-        expect(_same((inverse, b), before), "downdate: changed its argument; work on a copy")
+        expect(same((inverse, b), before), "downdate: changed its argument; work on a copy")
         rest = [c for c in range(6) if c not in g.tolist()]
         n, what = len(rest), f"without channels {g.tolist()}"
         expect(
@@ -123,7 +119,7 @@ def check_residual_refit(
         return torch.linalg.lstsq(above, torch.cat([target, math.sqrt(lam) * toward.T])).solution.T
 
     found = residual_refit(*everything, 0.0)
-    expect(_same(everything, before), "residual_refit: changed its argument; work on a copy")
+    expect(same(everything, before), "residual_refit: changed its argument; work on a copy")
     expect(isinstance(found, Tensor), f"residual_refit: expected a tensor, found {type(found).__name__}")
     expect(
         tuple(found.shape) == (3, 4),
@@ -154,7 +150,7 @@ def check_greedy_keep(greedy_keep: Callable[[Tensor, Tensor, int], Tensor]) -> s
         z, y, h, b = _problem(seed)
         before = h.clone(), b.clone()
         found = is_index(greedy_keep(h, b, n_keep), (n_keep,), f"greedy_keep, {n_keep} of 6")
-        expect(_same((h, b), before), "greedy_keep: changed its argument; work on a copy")
+        expect(same((h, b), before), "greedy_keep: changed its argument; work on a copy")
         expect(torch.equal(found, found.unique()), f"greedy_keep: expected sorted, distinct channels, found {found}")
         left = list(range(6))
         while len(left) > n_keep:
