@@ -9,16 +9,12 @@ Random correlated inputs, float64, a quarter of the channels removed; writes dat
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from pathlib import Path
 
 import torch
+from common import machine, results_file, save
 
 from greedy_helpers import eliminate
-
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 
 
 def problem(channels: int, outputs: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,15 +52,8 @@ def main() -> None:
             row["seconds, one by one"] = round(seconds(*inputs, block=1), 3)
         rows.append(row)
         print(row, flush=True)
-    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()} CPU"
-    settings = {
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": "float64",
-    }
-    target = RESULTS / f"greedy_cost_{args.device.partition(':')[0]}.json"
-    target.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    settings = machine(args.device) | {"dtype": "float64"}
+    save({"settings": settings, "rows": rows}, results_file("greedy_cost", args.device))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,20 @@
 python data/experiments.py criteria        # notebook 04: every criterion, nothing repaired
 python data/experiments.py recovery        # notebook 09: the main recipes, three calibration sets
 python data/experiments.py grid            # notebook 09: three calibration sets of code alone; criteria times remedies
+python data/experiments.py comparison      # notebook 08: criteria times remedies, three ratios, three calibration sets
+python data/experiments.py choices         # notebook 08: multiple choice, main recipes, three calibration sets
+
+--models restricts the last two, which write a file per model, so that two processes can share the work.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from greedy_helpers.compare import CRITERIA, FLAP, RECOMMENDED, Recipe, Settings, sweep
+from greedy_helpers.compare import CRITERIA, FLAP, PAPER, RECOMMENDED, Recipe, Settings, sweep
+from greedy_helpers.tasks import choice_judge
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("llama-mini", "gpt2-mini")
@@ -59,10 +65,34 @@ def grid() -> None:
     sweep(out, MODELS, everything, (0.25, 0.5), settings=settings)  # hours on two cores
 
 
-EXPERIMENTS = {"criteria": criteria, "recovery": recovery, "grid": grid}
+def comparison(models: Sequence[str] = MODELS) -> None:
+    """Notebook 08: criteria times remedies at 20, 25 and 50%, three calibration sets of both kinds of text."""
+    settings = Settings(calibration=16, evaluation=16, source="code+prose")
+    criteria = "random|L2|Wanda-sp|FLAP WIFV|Taylor mix|second moment|output energy|exact greedy".split("|")
+    remedies = ("none", "bias (FLAP)", "two-step (paper)", "recommended")
+    recipes = [FLAP, RECOMMENDED, *(Recipe(criterion, remedy) for criterion in criteria for remedy in remedies)]
+    for seed in SEEDS:  # about two hours per model on one core
+        for model in models:
+            sweep(RESULTS / f"comparison_{model}.json", [model], recipes, (0.25, 0.5, 0.2), (seed,), settings)
+
+
+def choices(models: Sequence[str] = MODELS) -> None:
+    """Notebook 08: multiple choice beside perplexity for the main recipes, three calibration sets."""
+    settings = Settings(calibration=16, evaluation=16, source="code+prose")
+    recipes = [Recipe("random"), Recipe("second moment"), PAPER, FLAP, RECOMMENDED]
+    for seed in SEEDS:  # about fifteen minutes per model on one core
+        for model in models:
+            out = RESULTS / f"choices_{model}.json"
+            sweep(out, [model], recipes, (0.25, 0.5), (seed,), settings, extra=choice_judge(n=100))
+
+
+PER_MODEL = {"comparison": comparison, "choices": choices}
+EXPERIMENTS = {"criteria": criteria, "recovery": recovery, "grid": grid} | PER_MODEL
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
-    for name in parser.parse_args().experiments:
-        EXPERIMENTS[name]()
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    args = parser.parse_args()
+    for name in args.experiments:
+        EXPERIMENTS[name](*([args.models] if name in PER_MODEL else []))

@@ -39,6 +39,7 @@ from .criteria import (
 from .data import calibration_tokens, default_sources, evaluation_tokens
 from .evaluate import perplexity
 from .greedy import exact_greedy
+from .large import is_lazy
 from .prune import PruneReport, fixed_scores, prune, scores_of
 from .structure import depth2_modules
 
@@ -149,10 +150,16 @@ def choose(
             found = len(calibration)
             raise ValueError(f"choose: expected validation windows or at least 4 calibration windows, found {found}")
         calibration, validation = calibration.tensor_split([len(calibration) - len(calibration) // 4])
-    perplexities = {}
+    if is_lazy(model):
+        raise ValueError(
+            "choose: trying recipes runs whole models, and this one's blocks are on the disk; expected one criterion, "
+            f"e.g. {_TRIED[-1]!r}"
+        )
+    perplexities, work_dir = {}, options.pop("work_dir", None)
     for recipe in recipes:
         trial = copy.deepcopy(model)
-        apply(trial, calibration, ratio, recipe, **options)
+        folder = None if work_dir is None else Path(work_dir) / f"trial of {recipe}"
+        apply(trial, calibration, ratio, recipe, work_dir=folder, **options)
         perplexities[recipe] = perplexity(trial, validation)
     return min(perplexities, key=perplexities.get), perplexities
 
@@ -185,11 +192,13 @@ def apply(
     if recipe.allocation != "uniform":
         modules = depth2_modules(model, options.get("blocks"), options.get("kinds"))
         wanted = sum(n_removed(m.n_units, ratio) * unit_parameters(m) for m in modules)
+        passes = {key: options[key] for key in ("batch_size", "device") if key in options}
         if recipe.allocation == "adaptive":
-            scores = scores_of(model, calibration, criterion)
+            scores = scores_of(model, calibration, criterion, **passes)
             amount, criterion = adaptive_plan(modules, scores, wanted), fixed_scores(scores, recipe.criterion)
         else:
-            amount = cost_plan(modules, scores_of(model, calibration, exact_greedy(whole_path=True)), wanted)
+            scores = scores_of(model, calibration, exact_greedy(whole_path=True), **passes)
+            amount = cost_plan(modules, scores, wanted)
     return prune(model, calibration, amount, criterion=criterion, **REMEDIES[recipe.remedy], **options)
 
 
@@ -234,8 +243,9 @@ def sweep(
         extra: model name -> a function of the model whose numbers join each row (e.g. accuracies).
 
     Returns:
-        `{"settings": ..., "dense": {model: {text: perplexity}}, "rows": [...]}`. A row has model, ratio, criterion,
-        remedy, allocation, seed, one perplexity per text, the share of block and of all parameters left, and seconds.
+        `{"settings": ..., "dense": {model: {text: perplexity}}, "texts": [...], "rows": [...]}`. A row has model,
+        ratio, criterion, remedy, allocation, seed, one perplexity per text, the share of block and of all parameters
+        left, and seconds.
 
     Raises:
         ValueError: the file holds results of other settings.
@@ -257,6 +267,7 @@ def sweep(
             subject = _Subject(row["model"], settings, extra)
         if row["model"] not in found["dense"]:
             found["dense"][row["model"]] = subject.judge(subject.dense)
+            found["texts"] = list(dict.fromkeys([*found.get("texts", ()), *subject.texts]))
         calibration = subject.calibration(row["seed"])
         model, recipe = copy.deepcopy(subject.dense), Recipe(row["criterion"], row["remedy"], row["allocation"])
         validation = subject.validation() if recipe.criterion == _BEST else None
@@ -279,7 +290,7 @@ class _Subject:
         self.name, self._settings = name, settings
         self.dense, self._tokenizer = load_model(name)
         self._sources = default_sources(name)
-        self._texts = {label: self._held_out(source) for label, source in self._sources.items()}
+        self.texts = {label: self._held_out(source) for label, source in self._sources.items()}
         self._more = extra(name) if extra is not None else lambda model: {}
         self._calibration: tuple[int, Tensor] | None = None  # of the seed asked for last
         self._validation: Tensor | None = None
@@ -288,7 +299,7 @@ class _Subject:
         return evaluation_tokens(self._tokenizer, self._settings.evaluation, self._settings.seq, source, part)
 
     def judge(self, model: PreTrainedModel) -> dict[str, float]:
-        numbers = {label: perplexity(model, tokens) for label, tokens in self._texts.items()} | self._more(model)
+        numbers = {label: perplexity(model, tokens) for label, tokens in self.texts.items()} | self._more(model)
         return {label: round(value, 4) for label, value in numbers.items()}
 
     def calibration(self, seed: int) -> Tensor:
@@ -336,7 +347,7 @@ def frame(found: Mapping) -> pd.DataFrame:
     table = pd.DataFrame(found["rows"])
     recipes = table[["criterion", "remedy", "allocation"]].itertuples(index=False)
     table["method"] = [str(Recipe(*row)) for row in recipes]
-    for text in next(iter(found["dense"].values())):
+    for text in found.get("texts", next(iter(found["dense"].values()))):  # what `extra` added is no perplexity
         if text in table:
             dense = table["model"].map({model: values[text] for model, values in found["dense"].items()})
             table[f"{text} excess"] = (table[text] / dense).map(lambda ratio: torch.tensor(ratio).log().item())

@@ -10,6 +10,7 @@ Every source is named by one string:
 | source                               | what it is                                                     |
 |--------------------------------------|----------------------------------------------------------------|
 | `"code"`, `"prose"`                  | the two domains of :func:`python_corpus`                         |
+| `"ptb"`, `"c4"`                      | Penn Treebank, one shard of C4 (see :data:`PUBLISHED`) |
 | `"org/dataset"`, `"org/dataset:cfg"` | a Hugging Face dataset, e.g. `"Salesforce/wikitext:wikitext-2-raw-v1"` |
 | a path ending in .txt .md .jsonl .csv .parquet | a local file, split by a hash of each paragraph or row |
 """
@@ -30,11 +31,30 @@ from typing import Literal
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 Split = Literal["train", "test"]
 EMBEDDED = ("llama-mini", "gpt2-mini")  # the models in data/, trained on this file's own corpus
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"  # the parquet repo; script datasets no longer load
+
+# Sources that need more than a name: the arguments of load_dataset per split, the column, and what joins the rows
+# (None: every row is a document of its own). PTB's script repository no longer loads; the Hub's own parquet copy of it
+# does. LLM-Pruner, whose dense perplexities the paper repeats, judges by PTB's *validation* split.
+_PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{}/0000.parquet"
+PUBLISHED = {
+    "ptb": {
+        "train": {"path": "parquet", "data_files": {"train": _PTB.format("train")}},
+        "test": {"path": "parquet", "data_files": {"train": _PTB.format("validation")}},
+        "column": "sentence",
+        "join": "\n\n",
+    },
+    "c4": {
+        "train": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
+        "test": {"path": "allenai/c4", "data_files": {"train": "en/c4-validation.00000-of-00008.json.gz"}},
+        "column": "text",
+        "join": None,
+    },
+}
 
 _HELD_OUT_ONE_IN = 10
 # Not prose, not code anybody would want continued: tests, generated tables, vendored wheels, grammars,
@@ -140,18 +160,24 @@ def documents(source: str = "code", split: Split = "train", column: str = "text"
         return python_corpus(split, source)
     if Path(source).suffix in _LOCAL_FORMATS:
         return _local_documents(Path(source), split, column)
-    path, _, config = source.partition(":")
+    known = PUBLISHED.get(source)
+    if known is not None:
+        arguments, column, join = known[split] | {"split": "train"}, known["column"], known["join"]
+    else:
+        path, _, config = source.partition(":")
+        arguments = {"path": path, "name": config or None, "split": split}
+        join = "\n\n" if "wikitext" in source else None
     try:
-        dataset = load_dataset(path, config or None, split=split)
+        dataset = load_dataset(**arguments)
     except Exception as error:  # datasets raises a different class for each way of being offline
         raise ConnectionError(
             f"documents: could not load the dataset {source!r}, split {split!r} ({type(error).__name__}: {error}). "
-            "Expected 'code', 'prose', a local .txt/.md/.jsonl/.csv/.parquet file, or a Hub dataset that is "
-            "cached or reachable; offline, 'code' and 'prose' always work"
+            "Expected 'code', 'prose', a local .txt/.md/.jsonl/.csv/.parquet file, or 'ptb', 'c4' or a Hub dataset "
+            "that is cached or reachable; offline, 'code' and 'prose' always work"
         ) from error
     _require_column(dataset, column, source)
-    if "wikitext" in source:
-        return Dataset.from_dict({"text": ["\n\n".join(dataset[column])]})
+    if join is not None:
+        return Dataset.from_dict({"text": [join.join(dataset[column])]})
     return dataset.rename_column(column, "text") if column != "text" else dataset
 
 
@@ -381,14 +407,32 @@ def self_generated_tokens(
     return torch.cat(parts).cpu()
 
 
+def forward_cached(
+    model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None, **options: int
+) -> tuple[Tensor, Cache]:
+    """Logits [batch, seq, vocabulary] of `tokens` (long [batch, seq]) behind what is in `cache`, and the longer cache.
+
+    Args:
+        cache: what an earlier call returned; it may be extended in place. None: nothing comes before.
+        options: further arguments of the model's forward.
+    """
+    name = _cache_argument(type(model))
+    output = model(input_ids=tokens, use_cache=True, **{name: cache}, **options)
+    return output.logits, getattr(output, name)
+
+
+@lru_cache
+def _cache_argument(model_class: type[PreTrainedModel]) -> str:
+    """What the class's forward calls its KV cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
+
+
 def _sample(model: PreTrainedModel, tokens: Tensor, draws: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """Continue tokens [batch, 1] by a token per column of `draws` (uniform in [0, 1)): inverts the distribution."""
-    # transformers 5.24 calls it `cache`
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache, latest = None, tokens
     for draw in draws.T:
-        output = model(input_ids=latest, use_cache=True, **{name: cache})
-        cache, logits = getattr(output, name), output.logits[:, -1].double() / temperature
+        logits, cache = forward_cached(model, latest, cache)
+        logits = logits[:, -1].double() / temperature
         if not logits.isfinite().all():
             raise FloatingPointError(f"self_generated_tokens: {type(model).__name__} returned NaN or Inf logits")
         if top_k is not None and top_k < logits.shape[1]:

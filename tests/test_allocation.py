@@ -14,6 +14,7 @@ from greedy_helpers import (
     prune,
     redundancy_plan,
     remove_units,
+    removed_parameters,
     scores_of,
     uniform_plan,
     unit_parameters,
@@ -51,6 +52,40 @@ def test_a_plan_meets_its_budget(name, of, make, tokens):
     assert {m.name: m.n_units for m in depth2_modules(model)} == plan
     assert report.parameters == {key: [before[key], count_parameters(model)[key]] for key in before}
     assert report.ratio is None
+
+
+@pytest.mark.parametrize("multiple", [2, 8, 16, 32])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_widths_on_multiples(name, multiple, tokens):
+    """FFN channels (80 here) in steps, heads as before; the smallest step that meets the budget; what it removes."""
+    model = tiny_model(name)
+    modules = depth2_modules(model)
+    for ratio in (0.0, 0.1, 0.2, 0.35, 0.5):
+        wanted = budget(model, ratio)
+        plan = uniform_plan(modules, wanted, multiple=multiple)
+        widths = [plan[m.name] for m in modules if m.kind != "attention"]
+        assert all(width == 80 or width % multiple == 0 for width in widths)
+        assert min(widths) >= multiple
+        if ratio == 0:
+            assert plan == {m.name: m.n_units for m in modules}
+    before = count_parameters(model)["total"]
+    prune(model, tokens, plan, progress=False)
+    removed = before - count_parameters(model)["total"]
+    assert removed == removed_parameters(modules, plan) >= wanted
+
+
+def test_a_multiple_is_never_rounded_to_nothing():
+    """The nearest multiple, all of them, or the last multiple that is left."""
+    modules = depth2_modules(tiny_model("llama"), kinds=["gated_ffn"])
+    unit = unit_parameters(modules[0])
+    found = [uniform_plan(modules, 2 * unit * n, multiple=32)[modules[0].name] for n in (0, 1, 8, 9, 16, 17, 48)]
+    assert found == [80, 64, 64, 64, 64, 32, 32]  # 80 of 80, or 64, or 32
+    with pytest.raises(ValueError, match=f"expected at least {2 * 49 * unit:,} parameters .* found {2 * 48 * unit:,}"):
+        uniform_plan(modules, 2 * 49 * unit, multiple=32)
+    assert uniform_plan(modules, 0, multiple=100) == {m.name: 80 for m in modules}
+    for wrong in (0, -8, 2.0, True):
+        with pytest.raises(ValueError, match="multiple of at least 1 channel, found"):
+            uniform_plan(modules, 10, multiple=wrong)
 
 
 def test_adaptive_standardises_inside_each_module():

@@ -1,12 +1,22 @@
 """The command line does what the functions do, and says in its exit code whether it worked."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
-from greedy_helpers import calibration_tokens, load_model, perplexity
+from greedy_helpers import (
+    calibration_tokens,
+    continuation_items,
+    depth2_modules,
+    load_model,
+    multiple_choice,
+    perplexity,
+)
 from greedy_helpers.__main__ import main
 from greedy_helpers.compare import Recipe, apply
 from greedy_helpers.data import evaluation_tokens
@@ -28,14 +38,50 @@ def test_prune_evaluate_generate(tmp_path, capsys):
     apply(model, calibration, 0.25, Recipe("output energy", "bias (FLAP)"), progress=False)
     for label in ("code", "prose"):
         expected = perplexity(model, evaluation_tokens(tokenizer, 2, 64, label))
-        assert judged[str(folder)]["perplexity"][label] == pytest.approx(expected, rel=1e-4)
-        assert judged["llama-mini"]["perplexity"][label] < expected
+        assert judged[str(folder)]["texts"][label]["perplexity"] == pytest.approx(expected, rel=1e-4)
+        assert judged["llama-mini"]["texts"][label]["perplexity"] < expected
 
     assert main(["generate", str(folder), "--prompt", "import os", "--tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("import os")
 
     assert main(["prune", *arguments]) == 1  # the folder is there
     assert "exists and is not empty; pass --overwrite" in capsys.readouterr().err
+
+
+def test_some_blocks_calibrated_on_the_models_own_text(tmp_path):
+    folder = tmp_path / "pruned"
+    some = ["--blocks", "4:6", "--source", "self-generated", "--calibration", "2", "--seq", "24"]
+    assert main(["prune", "llama-mini", str(folder), "--criterion", "L2", "--remedy", "none", *some]) == 0
+    (dense, _), (pruned, _) = load_model("llama-mini"), load_model(str(folder))
+    same = [a.n_units == b.n_units for a, b in zip(depth2_modules(dense), depth2_modules(pruned), strict=True)]
+    assert same == [True] * 8 + [False] * 4
+
+
+def test_evaluate_adds_accuracies(monkeypatch, capsys):
+    command = ["evaluate", "llama-mini", "--windows", "1", "--seq", "32", "--sources", "prose"]
+    assert main(["--json", *command, "--choices", "4"]) == 0
+    judged = json.loads(capsys.readouterr().out)["llama-mini"]["choices"]
+    scores = multiple_choice(*load_model("llama-mini"), continuation_items("prose", 4))
+    assert judged == {"prose choices": scores.to_dict()}
+
+    assert main([*command, "--choices", "2"]) == 0
+    assert "(2 items, chance 25%)" in capsys.readouterr().out
+
+    accuracy = pd.DataFrame({"items": [9], "acc": [0.5], "acc_stderr": [0.1], "acc_norm": [math.nan]}, index=["boolq"])
+    monkeypatch.setattr("greedy_helpers.__main__.zero_shot", lambda model, tokenizer, tasks, limit: accuracy)
+    assert main(["--json", *command, "--tasks", "boolq"]) == 0
+    found = json.loads(capsys.readouterr().out)["llama-mini"]["tasks"]
+    assert found == {"boolq": {"items": 9, "acc": 0.5, "acc_stderr": 0.1, "acc_norm": None}}
+    assert main([*command, "--tasks", "boolq"]) == 0
+    assert re.search(r"boolq +9 +0.5 +0.1 +-$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_evaluate_says_what_lm_eval_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert (
+        main(["evaluate", "llama-mini", "--windows", "1", "--seq", "32", "--sources", "prose", "--tasks", "piqa"]) == 1
+    )
+    assert "pip install 'greedy-helpers[eval]'" in capsys.readouterr().err
 
 
 def test_compare_goes_on(tmp_path, capsys):
@@ -54,6 +100,7 @@ def test_compare_goes_on(tmp_path, capsys):
         (["prune", "llama-mini", "x", "--ratio", "1.5", *FEW], 1, "expected a ratio in [0, 1)"),
         (["prune", "llama-mini", "x", "--criterion", "magic"], 1, "expected a criterion among"),
         (["generate", "llama-mini", "--prompt", ""], 1, "at least one token"),
+        (["prune", "llama-mini", "x", "--blocks", "4:9", *FEW], 1, "block"),
     ],
 )
 def test_refusals(arguments, code, message, tmp_path, monkeypatch, capsys):

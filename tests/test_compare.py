@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -88,8 +89,10 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch
         sweep(out, ["llama-mini"], recipes, [0.25], settings=SMALL, progress=False)
     assert [row["criterion"] for row in json.loads(out.read_text())["rows"]] == ["L2", "random"]
     monkeypatch.setattr(compare, "apply", real)
-    found = sweep(out, ["llama-mini"], recipes, [0.25], settings=SMALL, progress=False)
+    share = {"accuracy": 0.5}
+    found = sweep(out, ["llama-mini"], recipes, [0.25], settings=SMALL, progress=False, extra=lambda _: lambda _: share)
     assert [row["criterion"] for row in found["rows"]] == ["L2", "random", "output energy"]
+    assert found["rows"][2]["accuracy"] == 0.5
     assert json.loads(out.read_text()) == found
     assert list(out.parent.iterdir()) == [out]
 
@@ -102,3 +105,15 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch
     assert (table["code excess"] > 0).all()
     with pytest.raises(ValueError, match=r"holds results of .* name another file"):
         sweep(out, ["llama-mini"], recipes, [0.25], settings=Settings(calibration=5), progress=False)
+
+
+def test_excess_is_taken_of_perplexities_alone():
+    row = {"model": "m", "ratio": 0.25, "criterion": "L2", "remedy": "none", "allocation": "uniform", "seed": 0}
+    found = {
+        "dense": {"m": {"code": 10.0, "accuracy": 0.5}},
+        "texts": ["code"],
+        "rows": [row | {"code": 20.0, "accuracy": 0.4}],
+    }
+    table = frame(found)
+    assert table["code excess"].tolist() == pytest.approx([math.log(2)])
+    assert "accuracy excess" not in table

@@ -147,6 +147,23 @@ def test_missing_file_and_missing_network():
         documents("Salesforce/wikitext:wikitext-2-raw-v1")
 
 
+def test_published_sources_name_their_files(monkeypatch):
+    """PTB in LLM-Pruner's form (validation split, rows joined by blank lines), C4 by document."""
+    asked = []
+
+    def answer(path, data_files, split):
+        asked.append((path, data_files[split]))
+        column = "sentence" if path == "parquet" else "text"
+        return Dataset.from_dict({column: ["one", "two"]})
+
+    monkeypatch.setattr("greedy_helpers.data.load_dataset", answer)
+    assert documents("ptb", "test")["text"] == ["one\n\ntwo"]
+    assert list(documents("c4", "train")["text"]) == ["one", "two"]
+    assert asked[0][0] == "parquet"
+    assert "penn_treebank/validation/" in asked[0][1]
+    assert asked[1] == ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+
+
 def test_validation_windows_are_other_held_out_windows(tokenizer):
     test, validation = (evaluation_tokens(tokenizer, 40, 128, "prose", part) for part in ("test", "validation"))
     windows = evaluation_tokens(tokenizer, None, 128, "prose")

@@ -1,0 +1,41 @@
+"""What the benchmarks share: where results go, and what one has to know about the machine to read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
+
+
+def results_file(name: str, device: str) -> Path:
+    """data/results/NAME_DEVICE.json; one file per kind of device."""
+    return RESULTS / f"{name}_{device.partition(':')[0]}.json"
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """Hardware, threads and versions: numbers from different ones do not belong in one file."""
+    on_cuda = device.startswith("cuda")
+    return {
+        "hardware": torch.cuda.get_device_name(device) if on_cuda else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def load_average() -> float | None:
+    """Jobs that wanted a core in the last minute, our own included; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def save(found: dict, out: Path) -> None:
+    """Replaces the file at once, one row per line: a run that is stopped leaves a whole file behind."""
+    rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
+    head = json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1)
+    partial = out.with_suffix(".partial")
+    partial.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+    os.replace(partial, out)
