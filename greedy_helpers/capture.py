@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .structure import blocks_of
+from .structure import blocks_of, input_device
 
 
 class _Reached(Exception):
@@ -24,29 +24,65 @@ class BlockStream:
     passes) the hidden states [batch, seq, d] of all calibration tokens are kept and moved on with
     :meth:`advance`, so each block runs a constant number of times. What transformers passes to a block besides the
     hidden states (masks, rotary embeddings) is recorded per block and replayed: no family needs code here.
+
+    The model itself is only asked for its embeddings and those arguments; no block runs for that, so the blocks may be
+    on the disk (see :mod:`greedy_helpers.large`).
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, batch_size: int = 16) -> None:
-        """`tokens`: long [n, seq]. Runs the model once up to its first block, and once in full per batch shape."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        batch_size: int = 16,
+        *,
+        device: torch.device | str | None = None,
+        store: torch.device | str | None = None,
+    ) -> None:
+        """
+        Args:
+            tokens: long [n, seq].
+            device: where the blocks will run; default: where the model's embeddings are.
+            store: where the hidden states wait between passes; default: `device`. With `"cpu"` beside a GPU only one
+                batch at a time is on the GPU.
+        """
+        self._model, self._tokens = model, tokens
         self._extra: dict[tuple[int, int], list[tuple[tuple, dict[str, Any]]]] = {}  # batch -> per-block arguments
-        self.hidden: list[Tensor] = []
+        home = input_device(model)
+        self.device = home if device is None else torch.device(device)
+        self.store = self.device if store is None else torch.device(store)
         self.implementation = model.config._attn_implementation
-        blocks = blocks_of(model)
-        for batch in tokens.split(batch_size):
-            batch = batch.to(model.device)
-            known = batch.shape in self._extra
-            wanted = blocks[:1] if known else blocks
-            with _recording_arguments(wanted) as calls, torch.no_grad(), suppress(_Reached):
-                model(input_ids=batch, use_cache=False)
-            self.hidden.append(calls[0][0][0])
-            if not known:
-                self._extra[batch.shape] = [(args[1:], kwargs) for args, kwargs in calls]
+        self.hidden = [self.keep(self._enter(batch)) for batch in tokens.split(batch_size)]
 
     def share(self) -> BlockStream:
         """A second stream over the same hidden states; advancing one leaves the other where it is."""
         twin = object.__new__(BlockStream)
-        twin._extra, twin.hidden, twin.implementation = self._extra, list(self.hidden), self.implementation
+        vars(twin).update(vars(self))
+        twin.hidden = list(self.hidden)
         return twin
+
+    def rebatch(self, batch_size: int) -> None:
+        """From now on batches of at most `batch_size` windows: views of the hidden states that are there."""
+        self.hidden = [part for hidden in self.hidden for part in hidden.split(batch_size)]
+        for hidden in self.hidden:
+            if hidden.shape[:2] not in self._extra:
+                self._enter(self._tokens[: len(hidden)])
+
+    def keep(self, value: Tensor) -> Tensor:
+        """`value` where hidden states wait; page-locked if that is the CPU beside a GPU, so that it returns fast."""
+        if value.device.type == "cuda" and self.store.type == "cpu":
+            return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+        return value.to(self.store)
+
+    def _enter(self, batch: Tensor) -> Tensor:
+        """The hidden states in front of the first block; a new batch shape's arguments are recorded on the way."""
+        blocks = blocks_of(self._model)
+        known = batch.shape in self._extra
+        batch = batch.to(input_device(self._model))
+        calls = _block_arguments(self._model, blocks[:1] if known else blocks, batch)
+        if not known:
+            moved: dict[int, Tensor] = {}  # the blocks share masks and rotary embeddings: one copy on the device
+            self._extra[batch.shape] = [_to((args[1:], kwargs), self.device, moved) for args, kwargs in calls]
+        return calls[0][0][0]
 
     def run(
         self, block: nn.Module, index: int, linears: Sequence[nn.Module] = ()
@@ -88,13 +124,14 @@ class BlockStream:
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move the hidden states behind the block."""
-        self.hidden = [output for output, _ in self.run(block, index)]
+        self.hidden = [self.keep(output) for output, _ in self.run(block, index)]
 
     @torch.no_grad()
     def _pass(
         self, block: nn.Module, index: int, hidden: Tensor, linears: Sequence[nn.Module], stop: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         args, kwargs = self._extra[hidden.shape[:2]][index]
+        hidden = hidden.to(self.device, non_blocking=True)
         output = None
         with _recording_inputs(linears, stop) as seen, suppress(_Reached):
             output = block(hidden, *args, **kwargs)
@@ -104,23 +141,60 @@ class BlockStream:
         return output, [seen[linear].flatten(0, -2) for linear in linears]
 
 
-@contextmanager
-def _recording_arguments(blocks: Iterable[nn.Module]) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
-    """Collects each block's (args, kwargs); the pass stops at the last of them."""
-    calls: list[tuple[tuple, dict[str, Any]]] = []
-    blocks = list(blocks)
+def _to(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """Tensors in nested tuples, lists and dicts, on `device`. `moved` maps ids of tensors to what became of them."""
+    if isinstance(value, Tensor):
+        return moved.setdefault(id(value), value.to(device))
+    if isinstance(value, dict):
+        return {key: _to(entry, device, moved) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_to(entry, device, moved) for entry in value)
+    return value
 
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
+
+@torch.no_grad()
+def _block_arguments(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Tensor
+) -> list[tuple[tuple, dict[str, Any]]]:
+    """What the model passes to each of its `blocks`: (args, kwargs), args[0] the hidden states in front of the first.
+
+    No block runs: masks and rotary embeddings do not depend on what a block computes, so each hands the hidden states
+    on. Some families' blocks return a tensor, some a tuple; what arrives at the next block shows which.
+    """
+    for returns_tuple in (False, True):
+        with _handing_on(blocks, returns_tuple) as calls, suppress(_Reached):
+            model(input_ids=batch, use_cache=False)
+        if len(calls) == len(blocks):
+            return calls
+    raise RuntimeError(f"{type(model).__name__}: expected calls of {len(blocks)} blocks, found {len(calls)}")
+
+
+@contextmanager
+def _handing_on(blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
+    """Collects each block's (args, kwargs) and lets it return its input; the pass stops at the last of them.
+
+    It also stops where something else than the hidden states arrives.
+    """
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        if calls and hidden.shape != calls[0][0][0].shape:
+            raise _Reached
+        calls.append(((hidden, *args), kwargs))
         if len(calls) == len(blocks):
             raise _Reached
+        return (hidden,) if returns_tuple else hidden
 
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    own = [vars(block).get("forward") for block in blocks]  # someone else may have replaced it before us
     try:
+        for block in blocks:
+            block.forward = forward
         yield calls
     finally:
-        for handle in handles:
-            handle.remove()
+        for block, before in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if before is not None:
+                block.forward = before
 
 
 @contextmanager

@@ -10,7 +10,6 @@ do, a checkpoint can hold.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -21,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,8 +35,9 @@ from transformers import (
 
 from .data import EMBEDDED
 from .families import UNIT_AXES
+from .large import entries, is_lazy, read_weight, same_kind, sha256_of
 from .reconstruct import add_to_bias
-from .structure import UnsupportedModule, depth2_modules, family_of, product, weight_of
+from .structure import UnsupportedModule, blocks_path, depth2_modules, family_of, product, weight_of
 from .surgery import remove_units
 
 if TYPE_CHECKING:
@@ -51,6 +54,9 @@ def load_model(
     name_or_path: str | Path = "llama-mini",
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
+    lazy: bool = False,
+    **placement,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """(model, tokenizer), the model in eval mode; no tokenizer if a local folder has none.
 
@@ -59,6 +65,11 @@ def load_model(
             :func:`save_pruned`), or a Hugging Face Hub id (`"openai-community/gpt2"`).
         device: default: CUDA where there is one, else the CPU.
         dtype: default: float32 on the CPU, the checkpoint's own on an accelerator.
+        lazy: leave the blocks' weights in the folder's safetensors files, and only the rest in the CPU's memory. Such a
+            model can be pruned block by block (:func:`~greedy_helpers.prune.prune` with a `work_dir`, and `device` to
+            work on a GPU) and saved; it cannot run as a whole. `device` decides the default dtype only.
+        placement: `device_map` and what goes with it (`max_memory`, `offload_folder`): accelerate spreads a model that
+            is larger than one device, to be run but not pruned. In place of `device`.
 
     Raises:
         FileNotFoundError: no such embedded model or folder, a folder that lacks a file, or a Hub id that is
@@ -75,8 +86,8 @@ def load_model(
                 from huggingface_hub import snapshot_download
 
                 place = snapshot_download(place)
-            return load_pruned(place, device, dtype)
-        return _load(AutoModelForCausalLM, place, config, device, dtype)
+            return load_pruned(place, device, dtype, lazy=lazy, **placement)
+        return _load(AutoModelForCausalLM, place, config, device, dtype, lazy, **placement)
     except (OSError, SafetensorError) as error:
         if is_local:
             raise FileNotFoundError(f"load_model: {place} is not a complete model folder: {error}") from error
@@ -86,17 +97,25 @@ def load_model(
         ) from error
 
 
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, without the weights; names as in :func:`load_model`."""
+    return AutoTokenizer.from_pretrained(_resolve(str(name_or_path))[0])
+
+
 def load_pruned(
     folder: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     *,
     verify: bool = True,
+    lazy: bool = False,
+    **placement,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """(model, tokenizer) that :func:`save_pruned` wrote, with the same logits. Reads safetensors and JSON, no pickle.
 
     Args:
-        device, dtype: as in :func:`load_model`.
+        device, dtype, lazy, placement: as in :func:`load_model`. `device_map="auto"` spreads a pruned model over GPUs,
+            CPU and disk as it does a dense one.
         verify: compare every file with its checksum first (a second per GB).
 
     Raises:
@@ -126,23 +145,77 @@ def load_pruned(
     for name, expected in manifest["sha256"].items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"load_pruned: {folder} is not a complete model folder: {name} is missing")
-        if verify and (actual := _sha256(folder / name)) != expected:
+        if verify and (actual := sha256_of(folder / name)) != expected:
             raise ValueError(
                 f"load_pruned: {folder / name} is not the file that was saved: expected SHA-256 {expected[:12]}..., "
                 f"found {actual[:12]}... ({(folder / name).stat().st_size:,} bytes)"
             )
     config = AutoConfig.from_pretrained(folder)
-    return _load(_loader_of_pruned(config), str(folder), config, device, dtype)
+    return _load(_loader_of_pruned(config), str(folder), config, device, dtype, lazy, **placement)
 
 
-def _load(loader, place: str, config: PreTrainedConfig, device, dtype):
+def _load(loader, place: str, config: PreTrainedConfig, device, dtype, lazy: bool = False, **placement):
+    if placement.get("device_map") is not None and (lazy or device is not None):
+        raise ValueError("expected one of device, device_map and lazy, found device_map and another")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     tokenizer = None
     if not Path(place).is_dir() or any(Path(place).glob("token*")):
         tokenizer = AutoTokenizer.from_pretrained(place)
-    model = loader.from_pretrained(place, config=config, dtype=dtype)
-    return model.to(device).eval(), tokenizer
+    if lazy:
+        return _load_lazily(loader, place, config, dtype).eval(), tokenizer
+    model = loader.from_pretrained(place, config=config, dtype=dtype, **placement)
+    return model.to(device).eval() if placement.get("device_map") is None else model.eval(), tokenizer
+
+
+def _load_lazily(loader, place: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model with the weights of its blocks as placeholders, and where they are as `model.weights_on_disk`."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(config)
+    config.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    files = _tensors_on_disk(place)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype)  # as from_pretrained does
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = loader.from_config(config) if loader is AutoModelForCausalLM else loader(config)
+    finally:
+        torch.set_default_dtype(usual)
+    blocks, base, on_disk = f"{blocks_path(model)}.", f"{model.base_model_prefix}.", {}
+    for name, holder, key, value in entries(model):
+        stored = next((n for n in (name, name.removeprefix(base), base + name) if n in files), None)
+        if stored is not None and files[stored][1] != list(value.shape):
+            raise ValueError(f"{place}: {name}: expected shape {list(value.shape)}, found {files[stored][1]}")
+        if stored is None:
+            continue
+        if isinstance(value, nn.Parameter) and name.startswith(blocks):
+            on_disk[name] = files[stored][0], stored
+        else:
+            with safe_open(files[stored][0], "pt") as weights:
+                holder[key] = same_kind(value, weights.get_tensor(stored).to(value.dtype, copy=True))
+    model.tie_weights()
+    if lost := [name for name, _, _, value in entries(model) if value.is_meta and name not in on_disk]:
+        raise ValueError(f"{place}: lazy loading reads weights under their own names; not found: {', '.join(lost[:3])}")
+    model.weights_on_disk = on_disk
+    if (Path(place) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place)
+    return model
+
+
+def _tensors_on_disk(place: str) -> dict[str, tuple[str, list[int]]]:
+    """Every tensor in a checkpoint's safetensors files: its key there -> (file, shape)."""
+    if not Path(place).is_dir():
+        from huggingface_hub import snapshot_download
+
+        place = snapshot_download(place, allow_patterns=["*.json", "*.safetensors"])
+    found = {}
+    for file in sorted(Path(place).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            found |= {key: (str(file), list(weights.get_slice(key).get_shape())) for key in weights.keys()}  # noqa: SIM118
+    if not found:
+        raise FileNotFoundError(f"{place}: lazy loading needs *.safetensors, found none")
+    return found
 
 
 def _resolve(name: str) -> tuple[str, bool]:
@@ -228,10 +301,10 @@ def save_pruned(
     def write(partial: Path) -> None:
         units = {module.name: module.n_units for module in depth2_modules(model)}
         dense = {module.name: module.n_units for module in depth2_modules(_meta_model(model))}
-        state = {
-            k: v.to(dtype) if dtype is not None and v.is_floating_point() else v for k, v in model.state_dict().items()
-        }
-        model.save_pretrained(partial, state_dict=state)
+        if is_lazy(model):
+            _write_lazily(model, partial, dtype)
+        else:
+            model.save_pretrained(partial, state_dict={k: _cast(v, dtype) for k, v in model.state_dict().items()})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config = json.loads((partial / "config.json").read_text())
@@ -249,11 +322,37 @@ def save_pruned(
             "units": {name: {"dense": dense[name], "left": n} for name, n in units.items()},
             "report": None if report is None else report.to_dict(tensors=False),
             "details": {key: str(value) for key, value in (details or {}).items()},
-            "sha256": {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.name != "README.md"},
+            "sha256": {path.name: sha256_of(path) for path in sorted(partial.iterdir()) if path.name != "README.md"},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     return _write_folder(Path(folder), write, overwrite)
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+def _write_lazily(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+    """What save_pretrained writes, with a weight file for each block, read when its turn comes."""
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    prefix, persistent = f"{blocks_path(model)}.", model.state_dict().keys()
+    once = {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if k in persistent}}
+    groups: dict[str, list[str]] = {}
+    for name in once:  # a tied weight has one name here
+        groups.setdefault(name[len(prefix) :].split(".")[0] if name.startswith(prefix) else "", []).append(name)
+    places, total = {}, 0
+    for number, names in enumerate(groups.values(), start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weights = {n: read_weight(model, n) if once[n].is_meta else once[n].detach().cpu() for n in names}
+        weights = {name: _cast(value, dtype).contiguous() for name, value in weights.items()}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+        total += sum(value.nbytes for value in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def export_plain(
@@ -269,11 +368,18 @@ def export_plain(
     the hidden size to be a multiple of the number of heads (4,096 is none of 24); the same weights are then exported
     under the Mistral class, which computes the same logits.
 
+    Blocks that were left alone count too: a model pruned in blocks 4 to 29 only has two sizes. Other runtimes (vLLM,
+    llama.cpp's converter) read the same folder; see the README.
+
     Raises:
         ValueError: sizes that differ between blocks, or a config that refuses them; with the way out.
         UnsupportedModule: the family's config has no words for the cut (heads of GPT-2, whose head size is derived).
         FileExistsError, OSError: as in :func:`save_pruned`.
     """
+    if is_lazy(model):
+        raise ValueError(
+            "export_plain: expected a model in memory, found one with its blocks on the disk; save_pruned it"
+        )
     family, edits = family_of(model), {}
     modules, dense = depth2_modules(model), {m.name: m.n_units for m in depth2_modules(_meta_model(model))}
     for layout in family.modules:
@@ -432,11 +538,6 @@ import greedy_helpers as gh
 model, tokenizer = gh.load_model("path or Hub id of this folder")
 ```
 """
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def disk_bytes(folder: str | Path) -> int:

@@ -157,21 +157,21 @@ def _single_channels(state: _State, places: Tensor, most: int) -> tuple[Tensor, 
     gone, costs = [], []
     for k in range(most):
         price = torch.where(open_, sizes.clamp(min=0) / pivots.clamp(min=floor), torch.inf)
-        j = price.argmin()
-        root = pivots[j].clamp(min=floor).sqrt()
-        u_k = (p[:, j] - u[:, :k] @ u[j, :k]) / root
-        c_k = (b[j] - u[j, :k] @ c[:k]) / root
+        j = price.argmin(keepdim=True)  # [1], never a number: on a GPU nothing waits for the CPU
+        root, row = pivots[j].clamp(min=floor).sqrt(), u[j, :k][0]
+        u_k = (p[:, j][:, 0] - u[:, :k] @ row) / root
+        c_k = (b[j][0] - row @ c[:k]) / root
         sizes = sizes - 2 * u_k * (b @ c_k - u[:, :k] @ (c[:k] @ c_k)) + u_k.square() * c_k.square().sum()
         pivots = pivots - u_k.square()
         u[:, k], c[k] = u_k, c_k
-        open_[j] = False
+        open_.index_fill_(0, j, False)
         gone.append(j)
         costs.append(price[j])
     state.inverse = p - u @ u.T
     state.solution = b - u @ c
     place_to_unit = torch.full((len(p),), -1, dtype=torch.long, device=p.device)
     place_to_unit[places] = torch.arange(len(places), device=p.device)
-    return place_to_unit[torch.stack(gone)], torch.stack(costs)
+    return place_to_unit[torch.cat(gone)], torch.cat(costs)
 
 
 @torch.no_grad()

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .allocation import Plan, check_plan, check_ratio, keep_best, n_removed
 from .capture import BlockStream
+from .cost import count_parameters
 from .criteria import Criterion, Seen, second_moment
-from .evaluate import check_tokens, count_parameters
+from .distributed import all_sum, all_sums, all_windows, check_same, is_first, rank_and_size, share_of
+from .evaluate import check_tokens
 from .families import Kind
+from .large import WorkFolder, fingerprint, is_lazy, resident, with_smaller_batches
 from .moments import Moments
 from .reconstruct import Solution, add_to_bias
 from .reconstruct import refit as refit_linears
-from .structure import Depth2Module, UnsupportedModule, blocks_of, depth2_modules, family_of, weight_of
+from .structure import Depth2Module, UnsupportedModule, blocks_of, blocks_path, depth2_modules, family_of, weight_of
 from .surgery import remove_units, undone_on_error
 
 if TYPE_CHECKING:
@@ -105,9 +112,7 @@ class PruneReport:
 
     def to_dict(self, tensors: bool = True) -> dict:
         """Plain numbers, strings and lists, ready for JSON; without scores and kept units if not `tensors`."""
-        steps = [
-            {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(step).items()} for step in self.steps
-        ]
+        steps = [_plain(step) for step in self.steps]
         if not tensors:
             steps = [{k: v for k, v in step.items() if k not in ("scores", "keep")} for step in steps]
         return {**{k: v for k, v in vars(self).items() if k != "steps"}, "steps": steps}
@@ -129,6 +134,10 @@ def prune(
     kinds: Iterable[Kind] | None = None,
     damp: float = 1e-2,
     batch_size: int = 16,
+    device: torch.device | str | None = None,
+    store: torch.device | str | None = None,
+    precision: torch.dtype = torch.float64,
+    work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> PruneReport:
     """Remove a share of the units of every depth-2 module, in place, without training (Algorithms 1, 3 and 4).
@@ -159,7 +168,19 @@ def prune(
         kinds: the kinds of modules to prune, among `"attention"`, `"ffn"`, `"gated_ffn"`; default: all that can be
             cut, with a warning if a kind has to stay whole in this family.
         damp: see :func:`~greedy_helpers.reconstruct.least_squares`.
-        batch_size: windows per forward pass; changes memory and speed, not the result.
+        batch_size: windows per forward pass; changes memory and speed, not the result. It is halved, with a warning,
+            when memory runs out.
+        device: where the block at hand and one batch are worked on; default: where the model is. With another device
+            than the model's, one block at a time is there; so a model in the CPU's memory, or on the disk
+            (`load_model(..., lazy=True)`), can be pruned on a GPU that has room for one of its blocks.
+        store: where the hidden states of all tokens wait; default: `device`. `"cpu"` saves memory on a GPU.
+        precision: dtype of the summed moments and of the solves, see :class:`~greedy_helpers.moments.Moments`.
+        work_dir: a folder to which every finished block is committed. A call with the same model, tokens and settings
+            goes on behind the last one and ends with the same bits as if nothing had happened. A lazy model needs one:
+            its pruned blocks live there until :func:`~greedy_helpers.checkpoint.save_pruned` collects them.
+
+    Under `torchrun` (see :mod:`greedy_helpers.distributed`) every process gives the same arguments; each runs its share
+    of the windows, and all end with the same model.
 
     Returns:
         A report with one step per module.
@@ -167,7 +188,7 @@ def prune(
     Raises:
         UnknownFamily, UnsupportedModule, TypeError, ValueError, IndexError: bad arguments, before anything is touched.
         FloatingPointError: NaN or Inf in weights or activations, naming the layer.
-        Whatever is raised, or interrupted, the model is left as it was.
+        Whatever is raised, or interrupted, the model is left as it was. What `work_dir` holds, stays.
     """
     if isinstance(ratio, Mapping):
         check_plan(model, ratio)
@@ -185,51 +206,57 @@ def prune(
             f"nothing; expected refit='post', found {refit!r}"
         )
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
-    modules = depth2_modules(model, chosen, kinds)  # refuses unknown families, blocks and kinds
+    found = [(m.block, m.name, m.kind) for m in depth2_modules(model, chosen, kinds)]  # refuses what does not exist
     if kinds is None:
         for path, reason in family_of(model).whole.items():
             warnings.warn(f"{model.config.model_type}: {path} stays whole: {reason}", stacklevel=2)
+    if len(places := sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})) > 1:
+        raise ValueError(
+            f"prune: accelerate has spread the model over {', '.join(places)}; expected one place: load it without "
+            "device_map, or with lazy=True and a work_dir if that is too small"
+        )
+    if is_lazy(model) and work_dir is None:
+        raise ValueError(
+            "prune: the model's blocks are on the disk; expected a work_dir for the pruned ones, found None"
+        )
     _check_weights(model)
+    method = _Method(ratio, criterion, refit, target, damp, precision)
+    work = None
+    if work_dir is not None:
+        settings = _settings(model, calibration, method, chosen, sorted({kind for *_, kind in found}), batch_size)
+        work = WorkFolder(work_dir, settings)
 
     was_training = model.training
     model.eval()
     steps: list[PruneStep] = []
     stream_errors: list[float] = []
-    bar = tqdm(total=len(modules), desc="prune", unit="module", disable=not progress)
+    bar = tqdm(total=len(found), desc="prune", unit="module", disable=not progress or not is_first())
     try:
         with undone_on_error(model), bar:
-            pruned = BlockStream(model, calibration, batch_size)
+            pruned = BlockStream(model, share_of(calibration), batch_size, device=device, store=store)
             dense = pruned.share()
+            streams = {"dense": dense, "pruned": pruned}
             for index in range(max(chosen, default=-1) + 1):
-                block = blocks_of(model)[index]
-                chosen_here = depth2_modules(model, [index], kinds) if index in chosen else []
-                names = {module.name for module in chosen_here}
-                # the residual target follows the stream through all modules of the block, cut or not
-                modules = depth2_modules(model, [index]) if names and target == "residual" else chosen_here
-                targets = [DenseTargets(module, means=refit == "bias") for module in modules]
-                in_front = dense.hidden
-                advance_dense(dense, block, index, targets)  # before anything in the block changes: no second copy
-                if names and target == "residual":
-                    _check_additive(index, in_front, dense.hidden, targets)
-                    drift = [(d - p).flatten(0, -2) for d, p in zip(in_front, pruned.hidden, strict=True)]
-                    for dense_targets in targets:
-                        dense_targets.drift = drift  # one list: what the stream lacks now
-                for module, dense_targets in zip(modules, targets, strict=True):
-                    if module.name in names:
-                        how = (_n_keep(module, ratio), criterion, refit, target, damp)
-                        steps.append(_prune_module(module, block, pruned, dense_targets, *how))
-                        bar.set_postfix_str(f"{module.name}: error {steps[-1].error:.3f}")
-                        bar.update()
-                    if dense_targets.drift is not None and module is not modules[-1]:
-                        dense_targets.move_drift(pruned, block, module)
-                pruned.advance(block, index)
-                stream_errors.append(_stream_error(dense.hidden, pruned.hidden))
+                here = [name for number, name, _ in found if number == index]
+                with resident(model, index, pruned.device) as block:
+                    if is_lazy(model):
+                        _check_weights(block, f"{blocks_path(model)}.{index}.")
+                    if work is not None and index < work.finished:
+                        done, stream_error = _replay(work, model, index, block, **streams)
+                    else:
+                        how = partial(_prune_block, model, index, block, here, method, bar=bar, **streams)
+                        done, stream_error = with_smaller_batches(how, block, streams, f"prune: block {index}")
+                        if work is not None:
+                            work.commit(model, index, _to_record(done, stream_error, pruned))
+                steps += done
+                stream_errors.append(stream_error)
+                bar.update(len(steps) - bar.n)
     finally:
         model.train(was_training)
     after = count_parameters(model)
     return PruneReport(
         None if isinstance(ratio, Mapping) else float(ratio),
-        getattr(criterion, "__name__", repr(criterion)),
+        _name_of(criterion),
         refit,
         target,
         damp,
@@ -240,16 +267,130 @@ def prune(
     )
 
 
-def _n_keep(module: Depth2Module, ratio: float | Plan) -> int:
-    if isinstance(ratio, Mapping):
-        return ratio.get(module.name, module.n_units)
-    return module.n_units - n_removed(module.n_units, ratio)
+@dataclass(frozen=True)
+class _Method:
+    """What :func:`prune` does to a module: its arguments of the same names."""
+
+    ratio: float | Plan
+    criterion: Criterion
+    refit: Refit
+    target: Target
+    damp: float
+    precision: torch.dtype
+
+    def n_keep(self, module: Depth2Module) -> int:
+        if isinstance(self.ratio, Mapping):
+            return self.ratio.get(module.name, module.n_units)
+        return module.n_units - n_removed(module.n_units, self.ratio)
 
 
-def _stream_error(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
-    pairs = list(zip(dense, pruned, strict=True))
-    lost = sum((d - p).float().square().sum(dtype=torch.float64).item() for d, p in pairs)
-    return lost / sum(d.float().square().sum(dtype=torch.float64).item() for d, _ in pairs)
+def _prune_block(
+    model: PreTrainedModel,
+    index: int,
+    block: nn.Module,
+    names: Sequence[str],
+    method: _Method,
+    *,
+    dense: BlockStream,
+    pruned: BlockStream,
+    bar: tqdm,
+) -> tuple[list[PruneStep], float]:
+    """Prune the modules `names` of one block and move both streams behind it: the steps and the stream's error."""
+    steps = []
+    # the residual target follows the stream through all modules of the block, cut or not
+    modules = [m for m in depth2_modules(model, [index]) if names and (method.target == "residual" or m.name in names)]
+    targets = [DenseTargets(module, means=method.refit == "bias", keep=dense.keep) for module in modules]
+    in_front = dense.hidden
+    advance_dense(dense, block, index, targets)  # before anything in the block changes: no second copy
+    if names and method.target == "residual":
+        _check_additive(index, in_front, dense.hidden, targets)
+        pairs = zip(in_front, pruned.hidden, strict=True)
+        drift = [dense.keep((d.to(dense.device) - p.to(dense.device)).flatten(0, -2)) for d, p in pairs]
+        for dense_targets in targets:
+            dense_targets.drift = drift  # one list: what the stream lacks now
+    for module, dense_targets in zip(modules, targets, strict=True):
+        if module.name in names:
+            steps.append(_prune_module(module, block, pruned, dense_targets, method))
+            bar.set_postfix_str(f"{module.name}: error {steps[-1].error:.3f}")
+            bar.update()
+        if dense_targets.drift is not None and module is not modules[-1]:
+            dense_targets.move_drift(pruned, block, module)
+    pruned.advance(block, index)
+    return steps, _stream_error(dense.hidden, pruned.hidden, pruned.device)
+
+
+def _replay(
+    work: WorkFolder, model: PreTrainedModel, index: int, block: nn.Module, *, dense: BlockStream, pruned: BlockStream
+) -> tuple[list[PruneStep], float]:
+    """What :func:`_prune_block` did, from the work folder: the same batches give the streams the same bits."""
+    record = work.record(index)
+    for stream in (dense, pruned):
+        if record["batch_size"] < max(len(hidden) for hidden in stream.hidden):  # memory ran out in this block
+            stream.rebatch(record["batch_size"])
+    dense.advance(block, index)
+    work.restore(model, index)
+    pruned.advance(block, index)
+    return [_from_record(step) for step in record["steps"]], record["stream_error"]
+
+
+def _to_record(steps: Sequence[PruneStep], stream_error: float, stream: BlockStream) -> dict[str, Any]:
+    return {
+        "steps": [_plain(step) | {"scores dtype": str(step.scores.dtype).removeprefix("torch.")} for step in steps],
+        "stream_error": stream_error,
+        "batch_size": max(len(hidden) for hidden in stream.hidden),
+    }
+
+
+def _from_record(step: dict[str, Any]) -> PruneStep:
+    scores = torch.tensor(step["scores"], dtype=getattr(torch, step.pop("scores dtype")), device="cpu")
+    keep = torch.tensor(step["keep"], dtype=torch.long, device="cpu")
+    return PruneStep(**step | {"scores": scores, "keep": keep})
+
+
+def _plain(step: PruneStep) -> dict[str, Any]:
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(step).items()}
+
+
+def _settings(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    method: _Method,
+    blocks: Sequence[int],
+    kinds: Sequence[Kind],
+    batch_size: int,
+) -> dict[str, Any]:
+    """All that the result of a run depends on, as far as it can be told from outside; a criterion by its name."""
+    return {
+        **{key: value for key, value in vars(method).items() if key in ("refit", "target", "damp")},
+        "ratio": dict(method.ratio) if isinstance(method.ratio, Mapping) else method.ratio,
+        "criterion": _name_of(method.criterion),
+        "precision": str(method.precision),
+        "blocks": list(blocks),
+        "kinds": list(kinds),
+        "batch_size": batch_size,
+        "calibration": f"{list(calibration.shape)} {hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()}",
+        "model": fingerprint(model),
+        "attention": model.config._attn_implementation,
+        "processes": rank_and_size()[1],
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def _name_of(criterion: Callable) -> str:
+    if isinstance(criterion, partial):
+        given = [*map(repr, criterion.args), *(f"{key}={value!r}" for key, value in criterion.keywords.items())]
+        return f"{_name_of(criterion.func)}({', '.join(given)})"
+    return getattr(criterion, "__name__", repr(criterion))
+
+
+def _stream_error(dense: Sequence[Tensor], pruned: Sequence[Tensor], device: torch.device) -> float:
+    lost = everything = 0.0
+    for d, p in zip(dense, pruned, strict=True):
+        d, p = d.to(device), p.to(device)
+        lost += (d - p).float().square().sum(dtype=torch.float64).item()
+        everything += d.float().square().sum(dtype=torch.float64).item()
+    lost, everything = all_sums(lost, everything)
+    return lost / everything
 
 
 def _check_additive(index: int, before: Sequence[Tensor], after: Sequence[Tensor], targets: list[DenseTargets]) -> None:
@@ -257,7 +398,8 @@ def _check_additive(index: int, before: Sequence[Tensor], after: Sequence[Tensor
     made = before[0].flatten(0, -2) + sum(target.level2[0] for target in targets)
     wanted = after[0].flatten(0, -2)
     error = ((made - wanted).float().norm() / (wanted - before[0].flatten(0, -2)).float().norm()).item()
-    if not error < 0.05:  # half precision rounds at a few 1e-3 of the stream; a norm or a multiplier is far off
+    (refused,) = all_sums(float(not error < 0.05))  # all processes come to the same verdict
+    if refused:  # half precision rounds at a few 1e-3 of the stream; a norm or a multiplier is far off
         raise UnsupportedModule(
             "prune: target='residual' needs blocks that add their modules' outputs to the residual stream as they are; "
             f"block {index} does not (relative difference {error:.2g}: a norm or multiplier behind level 2, or "
@@ -297,11 +439,13 @@ def scores_of(
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
     batch_size: int = 16,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Every module's scores on the model as it is: name -> [n_units], on the CPU. Nothing is changed.
 
     For plans over the whole model, for looking at criteria side by side, and for methods that score the dense model
-    once (FLAP, LLM-Pruner) rather than each module behind the already pruned prefix.
+    once (FLAP, LLM-Pruner) rather than each module behind the already pruned prefix. `device` and several processes: as
+    in :func:`prune`.
 
     Raises:
         As :func:`prune`.
@@ -311,14 +455,16 @@ def scores_of(
     was_training = model.training
     model.eval()
     try:
-        stream = BlockStream(model, calibration, batch_size)
+        stream = BlockStream(model, share_of(calibration), batch_size, device=device)
         chosen = sorted({module.block for module in depth2_modules(model, blocks, kinds)})
         for index in range(max(chosen, default=-1) + 1):
-            block = blocks_of(model)[index]
-            for module in depth2_modules(model, [index], kinds) if index in chosen else []:
-                inputs, hidden = module_moments(stream, block, module, repeat(None), repeat(None))
-                found[module.name] = _checked_scores(criterion, module, seen_by(stream, block, module, inputs, hidden))
-            stream.advance(block, index)
+            with resident(model, index, stream.device) as block:
+                for module in depth2_modules(model, [index], kinds) if index in chosen else []:
+                    seen = seen_by(
+                        stream, block, module, *module_moments(stream, block, module, repeat(None), repeat(None))
+                    )
+                    found[module.name] = _checked_scores(criterion, module, seen)
+                stream.advance(block, index)
     finally:
         model.train(was_training)
     return found
@@ -332,14 +478,20 @@ def seen_by(
     hidden: Moments,
     n_keep: int | None = None,
 ) -> Seen:
-    """What a criterion may ask about a module: its moments, and further passes over its block on demand."""
+    """What a criterion may ask about a module: its moments, and further passes over its block on demand.
+
+    With several processes the passes show the windows of all of them, to each of them.
+    """
 
     def windows() -> Iterator[Tensor]:
         batches = stream.inputs(block, module.block, [module.level2.linear])
         for states, (z,) in zip(stream.hidden, batches, strict=True):
             yield z.unflatten(0, states.shape[:2])
 
-    return Seen(inputs, hidden, lambda: stream.attention_maps(block, module.block, module.owner), windows, n_keep)
+    def maps() -> Iterator[Tensor]:
+        return all_windows(stream.attention_maps(block, module.block, module.owner))
+
+    return Seen(inputs, hidden, maps, lambda: all_windows(windows()), n_keep)
 
 
 def _checked_scores(criterion: Criterion, module: Depth2Module, seen: Seen) -> Tensor:
@@ -352,11 +504,14 @@ def _checked_scores(criterion: Criterion, module: Depth2Module, seen: Seen) -> T
 class DenseTargets:
     """What one module reads and puts out in the dense model, batch by batch: the targets of its refits.
 
-    Kept for the modules of one block at a time: two tensors [tokens, d] per module, no inner activations.
+    Kept for the modules of one block at a time: two tensors [tokens, d] per module, no inner activations. `keep` puts
+    them where they wait, see :meth:`~greedy_helpers.capture.BlockStream.keep`.
     """
 
-    def __init__(self, module: Depth2Module, means: bool = False) -> None:
-        self._means = means
+    def __init__(
+        self, module: Depth2Module, means: bool = False, keep: Callable[[Tensor], Tensor] = lambda value: value
+    ) -> None:
+        self._means, self._keep = means, keep
         self._level1 = [group.linear for group in module.level1.values()]
         self._level2 = module.level2.linear
         self.linears = [self._level1[0], self._level2]
@@ -367,26 +522,30 @@ class DenseTargets:
 
     def record(self, x: Tensor, z: Tensor) -> None:
         """Add one batch of the dense linears' inputs: level 1's x [tokens, d] and level 2's z [tokens, channels]."""
-        self._x.append(x)
-        self.level2.append(_apply(self._level2, z))
+        self._x.append(self._keep(x))
+        self.level2.append(self._keep(_apply(self._level2, z)))
         if self._means:
             self._n, self._z_sum = self._n + len(z), self._z_sum + z.sum(0, dtype=torch.float64)
 
     @property
     def hidden_mean(self) -> Tensor:
-        """Mean of level 2's input in the dense model, float64 [channels]; only with `means`."""
-        return self._z_sum / self._n
+        """Mean of level 2's input in the dense model, float64 [channels]; only with `means`. Over all processes."""
+        total, count = self._z_sum.clone(), self._z_sum.new_tensor(self._n)
+        all_sum(total, count)
+        return total / count
 
     @property
     def residual(self) -> Iterator[Tensor]:
         """Dense level-2 outputs plus what the residual stream lacks in front of the module."""
-        return (y + lacking for y, lacking in zip(self.level2, self.drift, strict=True))
+        device = self._level2.weight.device
+        return (y.to(device) + lacking.to(device) for y, lacking in zip(self.level2, self.drift, strict=True))
 
     @torch.no_grad()
     def move_drift(self, pruned: BlockStream, block: nn.Module, module: Depth2Module) -> None:
         """Move the drift behind the module: what it puts out in the dense model, less what it puts out now."""
         for place, (z,) in enumerate(pruned.inputs(block, module.block, [self._level2])):
-            self.drift[place] = self.drift[place] + self.level2[place] - _apply(self._level2, z)
+            drift, added = self.drift[place].to(z.device), self.level2[place].to(z.device)
+            self.drift[place] = self._keep(drift + added - _apply(self._level2, z))
 
     @property
     def level1(self) -> Iterator[Tensor]:
@@ -394,7 +553,8 @@ class DenseTargets:
 
         Computed from the inputs when asked for, so ask before this module's own level 1 is refitted.
         """
-        return (torch.cat([_apply(linear, x) for linear in self._level1], dim=1) for x in self._x)
+        device = self._level2.weight.device
+        return (torch.cat([_apply(linear, x.to(device)) for linear in self._level1], dim=1) for x in self._x)
 
 
 @torch.no_grad()
@@ -403,7 +563,7 @@ def advance_dense(dense: BlockStream, block: nn.Module, index: int, targets: Seq
     linears = [linear for target in targets for linear in target.linears]
     hidden = []
     for output, inputs in dense.run(block, index, linears):
-        hidden.append(output)
+        hidden.append(dense.keep(output))
         for target, x, z in zip(targets, inputs[::2], inputs[1::2], strict=True):
             target.record(x, z)
     dense.hidden = hidden
@@ -419,24 +579,30 @@ def module_moments(
     module: Depth2Module,
     level1: Iterable[Tensor | None] | None = None,
     level2: Iterable[Tensor | None] | None = None,
+    precision: torch.dtype = torch.float64,
 ) -> list[Moments]:
     """Moments of what the module's levels read, paired with targets: one pass over the block for both.
+
+    With several processes: over the tokens of all of them.
 
     Args:
         stream: hidden states in front of `block`.
         level1, level2: targets per batch ([tokens, d_y]), or `itertools.repeat(None)` for moments without targets;
             a level that is not given is left out.
+        precision: see :class:`~greedy_helpers.moments.Moments`.
 
     Returns:
         The moments of level 1's and of level 2's input, as far as asked for.
     """
     wanted = [(next(iter(module.level1.values())), level1), (module.level2, level2)]
     wanted = [(group, targets) for group, targets in wanted if targets is not None]
-    found = [Moments(group.path) for group, _ in wanted]
+    found = [Moments(group.path, precision) for group, _ in wanted]
     batches = stream.inputs(block, module.block, [group.linear for group, _ in wanted])
     for inputs, *targets in zip(batches, *(targets for _, targets in wanted), strict=False):
         for moments, x, y in zip(found, inputs, targets, strict=True):
             moments.update(x, y)
+    for moments in found:
+        moments.reduce()
     return found
 
 
@@ -445,29 +611,28 @@ def _prune_module(
     block: nn.Module,
     pruned: BlockStream,
     targets: DenseTargets,
-    n_keep: int,
-    criterion: Criterion,
-    refit: Refit,
-    target: Target,
-    damp: float,
+    method: _Method,
 ) -> PruneStep:
     started = time.perf_counter()
+    refit, target, damp, n_keep = method.refit, method.target, method.damp, method.n_keep(module)
     level1, level2 = [group.linear for group in module.level1.values()], module.level2
     aims = {"dense": lambda: targets.level2, "residual": lambda: targets.residual, "local": lambda: repeat(None)}
     found: Solution | None = None
     if refit in ("pre", "both"):
-        (inputs,) = module_moments(pruned, block, module, level1=targets.level1)
+        (inputs,) = module_moments(pruned, block, module, level1=targets.level1, precision=method.precision)
         refit_linears(level1, inputs, damp)
         # the refit changed what level 2 reads, so its moments take a pass of their own
-        (hidden,) = module_moments(pruned, block, module, level2=aims[target]())
+        (hidden,) = module_moments(pruned, block, module, level2=aims[target](), precision=method.precision)
         found = refit_linears([level2.linear], hidden, damp)
     else:
-        inputs, hidden = module_moments(pruned, block, module, level1=repeat(None), level2=aims[target]())
+        wanted = {"level1": repeat(None), "level2": aims[target]()}
+        inputs, hidden = module_moments(pruned, block, module, **wanted, precision=method.precision)
         if target == "local":
             hidden = hidden.aim_at(weight_of(level2.linear), level2.linear.bias)
 
-    scores = _checked_scores(criterion, module, seen_by(pruned, block, module, inputs, hidden, n_keep))
+    scores = _checked_scores(method.criterion, module, seen_by(pruned, block, module, inputs, hidden, n_keep))
     keep = keep_best(scores, n_keep)
+    check_same(f"{module.name}: the units to keep", keep)
     whole = weight_of(level2.linear)
     remove_units(module, keep)
 
@@ -499,7 +664,7 @@ def _prune_module(
     )
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"{name}: expected finite weights, found NaN or Inf")
+def _check_weights(module: nn.Module, prefix: str = "") -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise FloatingPointError(f"{prefix}{name}: expected finite weights, found NaN or Inf")

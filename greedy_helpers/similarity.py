@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from .capture import BlockStream
 from .criteria import Criterion, Seen
+from .distributed import all_windows, share_of
+from .large import resident
 from .structure import Depth2Module, blocks_of, depth2_modules
 
 
@@ -159,12 +161,16 @@ def redundant_first(criterion: Criterion, tau: float) -> Criterion:
     return scores
 
 
-def divergences_of(model: PreTrainedModel, calibration: Tensor, batch_size: int = 1) -> dict[str, Tensor]:
+def divergences_of(
+    model: PreTrainedModel, calibration: Tensor, batch_size: int = 1, *, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
     """The divergence between the units of every attention module, on the model as it is: name -> [n_units, n_units].
 
     One batch of one block's maps is held at a time; the hidden states of all tokens are carried from block to block.
     A batch has batch_size * heads * seq^2 numbers, and eager attention holds several such tensors: with 12 heads and
     1,024 tokens 16 windows one by one need about 300 MB beside the model, four at a time about 1 GB.
+
+    `device`, and several processes: as in :func:`~greedy_helpers.prune.prune`.
 
     Raises:
         ValueError: the attention implementation computes no maps; see :func:`redundant_first`.
@@ -173,12 +179,13 @@ def divergences_of(model: PreTrainedModel, calibration: Tensor, batch_size: int 
     was_training = model.training
     model.eval()
     try:
-        stream = BlockStream(model, calibration, batch_size)
-        for index, block in enumerate(blocks_of(model)):
-            for module in depth2_modules(model, [index], kinds={"attention"}):
-                divergence = head_divergence(stream.attention_maps(block, index, module.owner))
-                found[module.name] = unit_divergence(divergence, len(divergence) // module.n_units).cpu()
-            stream.advance(block, index)
+        stream = BlockStream(model, share_of(calibration), batch_size, device=device)
+        for index in range(len(blocks_of(model))):
+            with resident(model, index, stream.device) as block:
+                for module in depth2_modules(model, [index], kinds={"attention"}):
+                    divergence = head_divergence(all_windows(stream.attention_maps(block, index, module.owner)))
+                    found[module.name] = unit_divergence(divergence, len(divergence) // module.n_units).cpu()
+                stream.advance(block, index)
     finally:
         model.train(was_training)
     return found

@@ -121,6 +121,13 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(blocks_path(model))
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids belong: beside the embeddings, or where accelerate brings those of an offloaded model."""
+    embeddings = model.get_input_embeddings()
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if device is None else torch.device(device)
+
+
 def depth2_modules(
     model: PreTrainedModel,
     blocks: Iterable[int] | None = None,

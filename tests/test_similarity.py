@@ -189,21 +189,19 @@ def test_divergences_of_a_model_are_those_of_its_blocks(tokens):
 def peak_rise(call):
     """MB by which `call` lifts a fresh process above a GPT-2 of 12 heads, on 16 windows of 1,024 tokens."""
     script = f"""
-import resource, sys, torch
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from greedy_helpers import BlockStream, blocks_of, depth2_modules, divergences_of
-def peak():  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+from greedy_helpers import BlockStream, blocks_of, depth2_modules, divergences_of, peak_memory
 config = GPT2Config(vocab_size=96, n_embd=96, n_layer=1, n_head=12, n_positions=1024, attn_implementation="eager")
 model = GPT2LMHeadModel(config).eval()
 tokens = torch.randint(0, 96, (16, 1024))
 with torch.no_grad():
     model(tokens[:1, :64])
-before = peak()
-{call}
-print(before, peak() - before)
+with peak_memory() as memory:
+    {call}
+print(memory.start / 2**20, memory.rise / 2**20)
 """
-    # On Linux a process starts with its parent's peak, here pytest's own; a shell in between forgets it.
+    # Where a Linux process cannot reset its peak it starts with its parent's; a shell in between forgets it.
     command = ["sh", "-c", '"$0" -c "$1"; exit $?', sys.executable, script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, rise = map(float, done.stdout.split())
@@ -211,7 +209,7 @@ print(before, peak() - before)
     return rise
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+@pytest.mark.skipif(sys.platform == "win32", reason="no record of the peak")
 def test_memory_of_1024_tokens_and_12_heads():
     """16 samples of 12 heads at 1,024 tokens: 805 MB of maps if stored; streamed, the rise stays below 500 MB."""
     ballast = torch.ones(2**28)  # 1 GB: a child that inherited this peak would see no rise at all
@@ -219,7 +217,7 @@ def test_memory_of_1024_tokens_and_12_heads():
     del ballast
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+@pytest.mark.skipif(sys.platform == "win32", reason="no record of the peak")
 def test_the_memory_test_has_teeth():
     call = "list(BlockStream(model, tokens, 1).attention_maps(blocks_of(model)[0], 0, depth2_modules(model)[0].owner))"
     assert peak_rise(call) > 700
