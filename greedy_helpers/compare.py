@@ -43,6 +43,10 @@ from .large import is_lazy
 from .prune import PruneReport, fixed_scores, prune, scores_of
 from .structure import depth2_modules
 
+_PACKAGE = Path(__file__).resolve().parent
+# Recorded measurements that the notebooks plot: part of an installed package, or in data/ of a clone.
+RESULTS = _PACKAGE / "results" if (_PACKAGE / "results").is_dir() else _PACKAGE.parent / "data" / "results"
+
 Maker = Callable[[PreTrainedModel, Tensor, int], Criterion]
 
 

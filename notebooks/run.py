@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import re
 import sys
 import time
 from pathlib import Path
@@ -40,13 +41,34 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook.metadata = _METADATA | {"language_info": {"name": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not is_chatter(output)]
+            cell.outputs = committed(cell.outputs, cell.id)
     return notebook
 
 
-def is_chatter(output: nbformat.NotebookNode) -> bool:
-    """Progress bars and library messages: a reader of the committed notebook needs neither."""
-    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+def committed(outputs: list[nbformat.NotebookNode], cell_id: str = "cell") -> list[nbformat.NotebookNode]:
+    """Without progress bars and library messages, and of an interactive picture only its still form.
+
+    What differs between two runs and means nothing is evened out: where a stream was cut in two, addresses of objects,
+    and the random names that pandas gives to styled tables.
+    """
+    widget, kept, names = "application/vnd.jupyter.widget-view+json", [], {}
+    for output in outputs:
+        data = output.get("data", {})
+        if "image/png" in data:
+            data.pop(widget, None)
+        if output.get("name") == "stderr" or widget in data:
+            continue
+        if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+            continue
+        if "text/plain" in data:
+            data["text/plain"] = re.sub(r"^(<[\w.]+(?: object)?) at 0x[0-9a-f]+>$", r"\1>", data["text/plain"])
+        if "text/html" in data:
+            for name in re.findall(r'<table id="T_([0-9a-f]{5})"', data["text/html"]):
+                names.setdefault(name, f"{cell_id}-{len(names)}")
+                data["text/html"] = data["text/html"].replace(f"T_{name}", f"T_{names[name]}")
+        kept.append(output)
+    return kept
 
 
 def figures(notebook: nbformat.NotebookNode, tag: str) -> list[bytes]:

@@ -1,0 +1,170 @@
+"""Build the static site from the committed notebooks: nothing is executed, nothing is fetched.
+
+    .venv-site/bin/python site/build.py         # `make site`; the result is build/site/_build/html/index.html
+
+The sources are put together in build/site: the pages of this folder, the notebooks that exist, a table of contents that
+follows them, and a page of the reference for each module of the package. Then jupyter-book runs and links.py checks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+SITE = Path(__file__).resolve().parent
+ROOT = SITE.parent
+BUILD = ROOT / "build" / "site"
+_FOLDED = {"setup": "hide-cell", "solution": "hide-input"}  # tag in the notebook -> tag that folds it on the page
+_MINUTES = re.compile(r"\*\*\d+ · [^*]+\*\* \*\([^)]*?(\d+) minutes")
+
+
+def notebooks() -> list[Path]:
+    return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def modules() -> list[str]:
+    """Public modules of the package in the order of its table of contents: first as imported, then the rest."""
+    package = ROOT / "greedy_helpers"
+    found = {path.stem for path in package.glob("*.py") if not path.stem.startswith("_")}
+    named = re.findall(r"^from \.(\w+) import", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    return [*(name for name in named if name in found), *sorted(found - set(named)), "exercises"]
+
+
+def page_of(notebook: dict) -> dict:
+    """The notebook with set-up and solutions folded; what JupyterLab folds by metadata, the page folds by tags."""
+    for cell in notebook["cells"]:
+        tags = cell.get("metadata", {}).get("tags", [])
+        cell["metadata"]["tags"] = [*tags, *(_FOLDED[tag] for tag in tags if tag in _FOLDED)]
+    return notebook
+
+
+def contents(paths: list[Path], names: list[str]) -> dict:
+    """jupyter-book's table of contents for these notebooks and these modules."""
+    pages = ("exercises", "glossary", "notation", "errata", "instructors")
+    return {
+        "format": "jb-book",
+        "root": "intro",
+        "parts": [
+            {"caption": "The course", "chapters": [{"file": f"notebooks/{path.stem}"} for path in paths]},
+            {"caption": "Beside the course", "chapters": [{"file": page} for page in pages]},
+            {
+                "caption": "The package",
+                "chapters": [{"file": "api/index", "sections": [{"file": f"api/{name}"} for name in names]}],
+            },
+        ],
+    }
+
+
+def timings(paths: list[Path]) -> str:
+    """A table of what the notebooks say they need, and of the minutes that their exercises name."""
+    rows = ["| notebook | needs | exercises, minutes |", "|---|---|---|"]
+    for path in paths:
+        cells = [
+            cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"
+        ]
+        texts = ["".join(cell["source"]) for cell in cells]
+        title = texts[0].splitlines()[0].lstrip("# ") if texts[0].startswith("#") else _heading(texts[0])
+        needs = re.search(r"\*\*Needs\*\* \| ([^|\n]+) \|", texts[0])
+        minutes = sum(int(found) for text in texts for found in _MINUTES.findall(text))
+        rows.append(f"| [{title}](notebooks/{path.name}) | {needs[1] if needs else ''} | {minutes or ''} |")
+    return "\n".join(rows)
+
+
+def _heading(text: str) -> str:
+    """The first heading of a cell that begins with something else, such as a badge."""
+    return next(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+
+
+def exercises() -> str:
+    """The page that hands out the exercise editions."""
+    rows = [f"- {{download}}`{path.name} <exercise_editions/{path.name}>`" for path in editions()]
+    return (
+        "# Exercise editions\n\nThe notebooks without their solutions. Where a solution stands there is a stub, and "
+        "behind it the checker that says what is still wrong. In a clone they are in `notebooks/exercises/`.\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def editions() -> list[Path]:
+    return sorted((ROOT / "notebooks" / "exercises").glob("[0-9]*.ipynb"))
+
+
+def reference(name: str) -> str:
+    options = "   :members:\n" + "   :imported-members:\n" * (name == "exercises")  # it only collects its files' names
+    return f"# {name}\n\n```{{eval-rst}}\n.. automodule:: greedy_helpers.{name}\n{options}```\n"
+
+
+def reference_index(names: list[str]) -> str:
+    first_lines = []
+    for name in names:
+        path = ROOT / "greedy_helpers" / (f"{name}.py" if name != "exercises" else "exercises/__init__.py")
+        first = re.match(r'"""(.+?)(?:\n|""")', path.read_text(encoding="utf-8"))[1].strip()
+        first_lines.append(f"| [{name}]({name}.md) | {first.replace('|', chr(92) + '|')} |")
+    return (
+        "# The package\n\n`import greedy_helpers as gh` has the functions and classes of most modules under one name. "
+        "Shapes are written `[tokens, d]`; units and errors are in every docstring.\n\n| module | |\n|---|---|\n"
+        + "\n".join(first_lines)
+        + "\n"
+    )
+
+
+def configuration() -> str:
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    return (SITE / "_config.yml").read_text(encoding="utf-8") + f"repository:\n  url: {address}\n  branch: main\n"
+
+
+def mathjax() -> Path | None:
+    """The folder of the MathJax that requirements.txt installs."""
+    found = importlib.util.find_spec("jupyter_server_mathjax")
+    return None if found is None else Path(found.origin).parent / "static"
+
+
+def assemble(target: Path) -> None:
+    """Write all sources of the book into the empty folder `target`."""
+    paths, names = notebooks(), modules()
+    for folder in ("notebooks", "api", "exercise_editions"):
+        (target / folder).mkdir(parents=True)
+    for page in SITE.glob("*.md"):
+        text = page.read_text(encoding="utf-8").replace("<!-- timings -->", timings(paths))
+        (target / page.name).write_text(text, encoding="utf-8")
+    for folder in ("_static", "_ext"):
+        shutil.copytree(SITE / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (target / "extra").mkdir()
+    if mathjax() is not None:
+        shutil.copytree(mathjax(), target / "extra" / "mathjax")
+    for path in paths:
+        page = page_of(json.loads(path.read_text(encoding="utf-8")))
+        (target / "notebooks" / path.name).write_text(json.dumps(page), encoding="utf-8")
+    for path in editions():
+        shutil.copy(path, target / "exercise_editions")
+    (target / "exercises.md").write_text(exercises(), encoding="utf-8")
+    (target / "api" / "index.md").write_text(reference_index(names), encoding="utf-8")
+    for name in names:
+        (target / "api" / f"{name}.md").write_text(reference(name), encoding="utf-8")
+    (target / "_toc.yml").write_text(json.dumps(contents(paths, names), indent=1), encoding="utf-8")  # JSON is YAML
+    (target / "_config.yml").write_text(configuration(), encoding="utf-8")
+
+
+def main() -> int:
+    shutil.rmtree(BUILD, ignore_errors=True)
+    assemble(BUILD)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [str(Path(sys.executable).parent / "jupyter-book"), "build", str(BUILD), "--keep-going"]
+    failed = subprocess.run(command, env=environment, check=False).returncode
+    if failed:
+        return failed
+    return subprocess.run(
+        [sys.executable, str(SITE / "links.py"), str(BUILD / "_build" / "html")], check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

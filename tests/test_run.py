@@ -1,0 +1,43 @@
+"""What notebooks/run.py keeps of the outputs: the same bytes for the same results."""
+
+import importlib.util
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from nbformat.v4 import new_output
+
+SCRIPT = Path(__file__).resolve().parent.parent / "notebooks" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("run", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stream(text, name="stdout"):
+    return new_output("stream", name=name, text=text)
+
+
+def table(values):
+    styled = pd.DataFrame({"a": values}).style.set_properties(color="black")
+    return new_output("execute_result", {"text/plain": repr(styled), "text/html": styled._repr_html_()})
+
+
+def test_a_stream_cut_in_two_is_one_again(run):
+    whole = run.committed([stream("one\ntwo\n"), table([1.0]), stream("three\n")], "x")
+    cut = run.committed([stream("one\n"), stream("w", "stderr"), stream("two\n"), table([1.0]), stream("three\n")], "x")
+    assert whole == cut
+    assert [output.get("text") for output in cut] == ["one\ntwo\n", None, "three\n"]
+
+
+def test_styled_tables_have_the_same_names_each_time_and_different_ones_in_a_notebook(run):
+    first, again = (run.committed([table([1.0]), table([2.0])], "nb05-007") for _ in range(2))
+    assert first == again
+    for n, output in enumerate(first):
+        assert output.data["text/plain"] == "<pandas.io.formats.style.Styler object>"
+        assert f'<table id="T_nb05-007-{n}">' in output.data["text/html"]
+        assert f"#T_nb05-007-{n}_row0_col0" in output.data["text/html"], "its rules know the new name"

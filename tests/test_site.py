@@ -1,0 +1,138 @@
+"""The site's sources: contents follow the notebooks that exist, pages point to what exists, links are checked."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "site"
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def build():
+    return script(SITE / "build.py")
+
+
+@pytest.fixture(scope="module")
+def links():
+    return script(SITE / "links.py")
+
+
+def files(node):
+    """All files of a table of contents."""
+    if isinstance(node, dict):
+        return [value for key, value in node.items() if key in ("file", "root")] + files(list(node.values()))
+    return [name for part in node for name in files(part)] if isinstance(node, list) else []
+
+
+def test_contents_follow_the_notebooks_that_exist(build):
+    made = build.contents([Path("notebooks/00_a.ipynb"), Path("notebooks/08_later.ipynb")], ["prune"])
+    assert made["parts"][0]["chapters"] == [
+        {"file": "notebooks/00_a"},
+        {"file": "notebooks/08_later"},
+    ]
+    assert build.notebooks() == sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    assert {path.stem for path in (ROOT / "greedy_helpers").glob("[a-z]*.py")} < set(build.modules())
+
+
+def test_all_sources_of_the_book_are_there(build, tmp_path):
+    build.assemble(tmp_path)
+    book = yaml.safe_load((tmp_path / "_toc.yml").read_text())
+    assert len(files(book)) > 25
+    for name in files(book):
+        assert len(list(tmp_path.glob(f"{name}.*"))) == 1, name
+    config = yaml.safe_load((tmp_path / "_config.yml").read_text())
+    assert config["execute"]["execute_notebooks"] == "off"
+    assert config["repository"]["url"] in (ROOT / "pyproject.toml").read_text()
+    assert "<!-- timings -->" not in (tmp_path / "instructors.md").read_text()
+    committed = {path.name for path in (ROOT / "notebooks" / "exercises").glob("*.ipynb")}
+    assert {path.name for path in (tmp_path / "exercise_editions").iterdir()} == committed
+
+
+def test_pages_fold_set_up_and_solutions_and_leave_the_notebooks_alone(build):
+    cells = [
+        {"cell_type": "code", "metadata": {"tags": ["setup"]}},
+        {"cell_type": "code", "metadata": {"tags": ["solution"], "jupyter": {"source_hidden": True}}},
+        {"cell_type": "markdown", "metadata": {}},
+    ]
+    page = build.page_of({"cells": cells})
+    assert [cell["metadata"]["tags"] for cell in page["cells"]] == [
+        ["setup", "hide-cell"],
+        ["solution", "hide-input"],
+        [],
+    ]
+
+
+def test_timings_add_up_the_exercises(build, tmp_path):
+    first = "[![badge](b.svg)](x)\n\n# 01 · Structure\n\n| | |\n|---|---|\n| **Needs** | about 1 minute, 2 GB |\n"
+    tasks = "**1 · One** *(easy, 5 minutes)*. x\n\n**2 · Two** *(medium, 15 minutes, no checker)*. y"
+    cells = [nbformat.v4.new_markdown_cell(text) for text in (first, tasks)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_s.ipynb")
+    row = build.timings([tmp_path / "01_s.ipynb"]).splitlines()[-1]
+    assert row == "| [01 · Structure](notebooks/01_s.ipynb) | about 1 minute, 2 GB | 20 |"
+
+
+@pytest.mark.parametrize("page", ["errata", "instructors"])
+def test_sections_that_pages_point_to_exist(page):
+    """`Notebook 05, sections 2, 4 and 6` and `05, sections ...` in tables."""
+    text = re.sub(r"\s+", " ", (SITE / f"{page}.md").read_text(encoding="utf-8"))
+    pointers = re.findall(r"\b(\d\d), sections? ((?:\d+(?:, | and | to )?)+)", text)
+    assert len(pointers) > 10
+    for number, sections in pointers:
+        (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+        cells = nbformat.read(path, as_version=4).cells
+        markdown = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        for section in re.findall(r"\d+", sections):
+            assert f"\n## {section} · " in f"\n{markdown}", f"{page}.md: notebook {number} has no section {section}"
+
+
+def test_glossary_defines_each_term_once_in_order():
+    lines = (SITE / "glossary.md").read_text(encoding="utf-8").split(":::{glossary}\n")[1].splitlines()
+    terms = [line for line in lines if line and not line.startswith((" ", ":"))]
+    assert len(terms) == len(set(terms)) >= 30
+    assert terms == sorted(terms, key=str.lower)
+
+
+def test_names_of_the_package_in_the_notation_exist():
+    import greedy_helpers as gh
+
+    names = re.findall(r"`gh\.(\w+)", (SITE / "notation.md").read_text(encoding="utf-8"))
+    assert len(names) > 12
+    for name in names:
+        assert hasattr(gh, name), name
+
+
+def test_docstrings_become_valid_markup():
+    plain_text = script(SITE / "_ext" / "docstrings.py").plain_text
+    assert plain_text(["|w g| of `a | b` and H^-1_ or :func:`x`"]) == [r"\|w g\| of ``a | b`` and H^-1\_ or :func:`x`"]
+    table = plain_text(["Text", "| a | b |", "|---|---|", "more"])
+    assert table == ["Text", "", ".. code-block:: text", "", "   | a | b |", "   |---|---|", "", "more"]
+
+
+def test_the_link_check_finds_what_leads_nowhere(links, tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<a href="deep/a.html#part">1</a> <a href="https://x.y/z">2</a> <a href="#">3</a> <img src="b.png"> '
+        '<a href="deep/a.html#other">4</a> <a href="deep/">5</a> <a href="../out.html">6</a> '
+        '<a href="no.html?q=1">7</a>'
+    )
+    (tmp_path / "deep" / "a.html").write_text('<h2 id="part">x</h2><a href="#part">1</a><a href="../index.html">2</a>')
+    found = links.broken(tmp_path)
+    assert found == [
+        "index.html: b.png: no such file",
+        "index.html: deep/a.html#other: no such anchor",
+        "index.html: deep/: no such file",
+        "index.html: ../out.html: outside the site",
+        "index.html: no.html?q=1: no such file",
+    ]

@@ -1,0 +1,173 @@
+"""Explorers: counts against independent computations, the slider moved in-process, life without ipywidgets."""
+
+import base64
+import builtins
+import importlib.util
+import io
+from pathlib import Path
+
+import matplotlib.image
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from greedy_helpers import Moments, widgets
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def on_a_line(*places):
+    places = torch.tensor(places)
+    return (places[:, None] - places).abs()
+
+
+@pytest.fixture
+def chain():
+    """Heads 0, 1, 2 in a row, each near the next, and one far away: Algorithm 2 marks 0 and 1, which orphans 0."""
+    return widgets.tau_explorer(on_a_line(0.0, 0.1, 0.2, 0.9), [0.05, 0.15, 0.25], start=0.05)
+
+
+@pytest.fixture
+def recorded():
+    table = pd.DataFrame({"a": [30.0, 12.0], "b": [25.0, np.nan], "c": [40.0, 11.0]}, index=[0.5, 0.25])
+    return widgets.ratio_explorer(table, 10.0, start=0.3)
+
+
+@pytest.fixture
+def refitted():
+    generator = torch.Generator().manual_seed(0)
+    x, new = torch.randn(20, 6, generator=generator).double(), torch.randn(50, 6, generator=generator).double()
+    target, weight = torch.randn(2, 6, generator=generator).double(), torch.randn(2, 6, generator=generator).double()
+    seen, unseen = Moments("seen"), Moments("new")
+    seen.update(x, x @ target.T)
+    unseen.update(new, new @ target.T)
+    return widgets.ridge_explorer(seen, {"new": unseen}, weight, [1e-3, 1.0], start=1.0), x, new, target, weight
+
+
+def pixels(png):
+    return matplotlib.image.imread(io.BytesIO(png), format="png")
+
+
+def parts(explorer):
+    slider, image, label = explorer.widget.children
+    return slider, image, label
+
+
+def test_tau_explorer_counts_marked_heads_and_orphans(chain):
+    assert chain.sentence(0.05).startswith("tau = 0.05 nats: 0 of 4 heads go, 0 of them")
+    assert chain.sentence(0.15).startswith("tau = 0.15 nats: 2 of 4 heads go, 1 of them")
+    assert chain.sentence(0.25).startswith("tau = 0.25 nats: 2 of 4 heads go, 0 of them")
+
+
+def test_tau_explorer_adds_up_modules():
+    modules = {f"block {i}": on_a_line(0.0, 0.1 + i, 50.0) for i in range(8)}
+    found = widgets.tau_explorer(modules, [0.15, 1.5])
+    assert found.sentence(0.15).startswith("tau = 0.15 nats: 1 of 24 heads go")
+    assert found.sentence(1.5).startswith("tau = 1.5 nats: 2 of 24 heads go")
+
+
+def test_ratio_explorer_reads_the_table_and_skips_what_was_not_measured(recorded):
+    assert recorded.values == [0.25, 0.5]
+    assert recorded.value == 0.25
+    assert recorded.sentence(0.25) == "25% removed: perplexity 11.0 with c, 12.0 with a; dense 10.0"
+    assert recorded.sentence(0.5) == "50% removed: perplexity 25.0 with b, 40.0 with c; dense 10.0"
+
+
+def test_ridge_explorer_gives_the_errors_of_a_stacked_least_squares_problem(refitted):
+    found, x, new, target, weight = refitted
+    for damp in found.values:
+        root = (damp * x.square().sum() / 6).sqrt()
+        above = torch.cat([x, root * torch.eye(6).double()])
+        w = torch.linalg.lstsq(above, torch.cat([x @ target.T, root * weight.T])).solution
+        errors = [((z @ target.T - z @ w).square().sum() / (z @ target.T).square().sum()).item() for z in (x, new)]
+        assert f"relative error {errors[0]:.3g} on calibration, {errors[1]:.3g} on new;" in found.sentence(damp)
+        decided = sum(s > root**2 for s in torch.linalg.svdvals(x) ** 2)  # s / (s + lam) > 1/2
+        assert found.sentence(damp).endswith(f"more than half in {decided} of 6 directions")
+
+
+@pytest.mark.parametrize("name", ["chain", "recorded", "refitted"])
+def test_moving_the_slider_changes_picture_and_sentence(name, request):
+    explorer = request.getfixturevalue(name)
+    explorer = explorer[0] if isinstance(explorer, tuple) else explorer
+    slider, image, label = parts(explorer)
+    for value in (*explorer.values, *reversed(explorer.values)):
+        slider.value = explorer.values.index(value)  # as a reader does
+        assert explorer.value == value
+        assert image.value == explorer.picture(value)
+        assert label.value == explorer.sentence(value)
+    shown = [pixels(explorer.picture(value)) for value in explorer.values]
+    assert all((one != other).any() for one, other in zip(shown[1:], shown[:-1], strict=True))
+    explorer.value = explorer.values[-1]  # as a program does
+    assert slider.value == len(explorer.values) - 1
+    assert image.value == explorer.picture(explorer.values[-1])
+
+
+def test_pictures_are_white_readable_and_drawn_once(chain):
+    seen = chain.picture(0.15)
+    assert chain.picture(0.15) is seen
+    assert pixels(seen).shape[:2] == (380, 900)
+    np.testing.assert_array_equal(pixels(seen)[0, 0], np.ones(4))
+
+
+def test_a_front_end_gets_the_widget_and_the_picture(chain):
+    data, metadata = chain._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]) == chain.picture(0.05)
+    assert metadata["image/png"]["alt"] == data["text/plain"] == chain.sentence(0.05)
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == chain.widget.model_id
+
+
+def test_without_ipywidgets_the_picture_is_left(chain, monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *rest, **more):
+        if name.startswith("ipywidgets"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    data, _ = chain._repr_mimebundle_()
+    assert set(data) == {"text/plain", "image/png"}
+    chain.value = 0.25
+    assert chain.value == 0.25
+    assert chain.widget is None
+
+
+def test_a_committed_notebook_has_the_picture_and_no_widget(chain):
+    """What run.py keeps of an output: the explorer's picture without its widget, and nothing of a progress bar."""
+    spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    data, metadata = chain._repr_mimebundle_()
+    view = "application/vnd.jupyter.widget-view+json"
+    bar = nbformat.v4.new_output("display_data", {"text/plain": "HBox()", view: data[view]})
+    kept = run.committed([nbformat.v4.new_output("execute_result", data, metadata=metadata, execution_count=1), bar])
+    assert [set(output.data) for output in kept] == [{"text/plain", "image/png"}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: widgets.tau_explorer({}), "at least one module"),
+        (lambda: widgets.tau_explorer(torch.zeros(2, 3)), r"\[heads, heads\], found \[2, 3\]"),
+        (lambda: widgets.tau_explorer(torch.zeros(2, 2), [-1.0]), "tau >= 0"),
+        (lambda: widgets.tau_explorer(torch.zeros(2, 2), []), "at least one value"),
+        (lambda: widgets.ratio_explorer(pd.DataFrame()), "different ratios"),
+        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [1.0]}, index=[25])), r"in \(0, 1\) as rows, found \[25\]"),
+        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [1.0, 2.0]}, index=[0.2, 0.2])), "different ratios"),
+        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [0.0]}, index=[0.2])), "positive perplexities"),
+        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [np.nan]}, index=[0.2])), "at least one per ratio"),
+        (lambda: widgets.ridge_explorer(Moments(), {}, torch.zeros(2, 2), [0.0]), "damps > 0"),
+        (lambda: widgets.ridge_explorer(Moments("mine"), {}, torch.zeros(2, 2)), "found no targets in 'mine'"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_a_slider_has_no_position_between_its_values(chain):
+    with pytest.raises(ValueError, match=r"expected one of 0\.05, 0\.15, 0\.25, found 0\.2"):
+        chain.value = 0.2
+    assert chain.value == 0.05
