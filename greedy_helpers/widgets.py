@@ -307,14 +307,15 @@ def ridge_explorer(
     shares = [strength / (strength + s.lam) for s in solutions]
 
     def draw(figure: Figure, i: int) -> str:
-        left, right = figure.add_axes((0.09, 0.15, 0.4, 0.8)), figure.add_axes((0.58, 0.15, 0.4, 0.8))
+        left, right = figure.add_axes((0.12, 0.15, 0.37, 0.73)), figure.add_axes((0.6, 0.15, 0.37, 0.73))
         for v, (name, values) in enumerate(errors.items()):
             left.plot(damps, values, color=PALETTE[v], marker=_MARKERS[v], markersize=4, label=name)
             left.axhline(before[name], color=PALETTE[v], linestyle="--", linewidth=1)
             _here(left, damps[i], values[i])
         left.set(xscale="log", yscale="log", xlabel="damping (share of the mean diagonal)")
-        left.set_ylabel("relative output error (dashed: no refit)")
-        left.legend(frameon=False, fontsize=9)
+        left.set_ylabel("relative error (dashed: no refit)")
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(errors)}
+        left.legend(frameon=False, fontsize=9, handletextpad=0.3, columnspacing=1, **place)
         right.fill_between(range(1, len(strength) + 1), shares[i], step="mid", color=PALETTE[0], alpha=0.6)
         right.set(xlim=(0, len(strength) + 1), ylim=(0, 1.02), xlabel="directions of the input, strongest first")
         right.set_ylabel("share that the data decide")

@@ -34,6 +34,13 @@ from .nb06 import (
     check_ridge_toward,
 )
 from .nb07 import check_draw, check_shared_runs, check_sigma_of_random_ids
+from .nb08 import (
+    check_bits_per_byte,
+    check_bootstrap_error,
+    check_comparable,
+    check_mcnemar,
+    check_pareto_front,
+)
 from .nb09 import (
     check_downdate,
     check_greedy_keep,
@@ -41,12 +48,17 @@ from .nb09 import (
     check_residual_refit,
     check_rising_prices,
 )
+from .nb10 import check_block_bytes, check_merge, check_micro_batch, check_resumable
 
 __all__ = [
     "NotYet",
     "check_bias_remedy",
+    "check_bits_per_byte",
+    "check_block_bytes",
     "check_block_macs",
+    "check_bootstrap_error",
     "check_centred_solve",
+    "check_comparable",
     "check_downdate",
     "check_draw",
     "check_error_from_moments",
@@ -60,12 +72,17 @@ __all__ = [
     "check_head_parameters",
     "check_head_scores",
     "check_js_rows",
+    "check_mcnemar",
+    "check_merge",
+    "check_micro_batch",
+    "check_pareto_front",
     "check_pieces",
     "check_purposes",
     "check_removal_cost",
     "check_remove_channels",
     "check_remove_heads",
     "check_residual_refit",
+    "check_resumable",
     "check_ridge_toward",
     "check_rising_prices",
     "check_second_moment_scores",
