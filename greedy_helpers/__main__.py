@@ -60,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--device")
     prune.add_argument("--batch-size", type=int, default=16, help="windows per forward pass (default %(default)s)")
     prune.add_argument("--work-dir", type=Path, help="commit finished blocks here: repeat the command to go on")
+    prune.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: float32 on a CPU, else as saved)",
+    )
+    prune.add_argument(
+        "--store", help="where hidden states wait, e.g. cpu to save a GPU's memory (default: the device)"
+    )
     prune.add_argument("--lazy", action="store_true", help="one block at a time in memory; needs --work-dir")
 
     evaluate = commands.add_parser("evaluate", help="perplexity, accuracy and parameters of models, dense or pruned")
@@ -135,13 +143,14 @@ def _prune(args: argparse.Namespace) -> dict:
     if args.folder.exists() and not args.overwrite and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise FileExistsError(f"{args.folder} exists and is not empty; pass --overwrite to replace it")
     device = distributed.start(args.device)
-    model, tokenizer = load_model(args.model, device, lazy=args.lazy)
+    model, tokenizer = load_model(args.model, device, args.dtype and getattr(torch, args.dtype), lazy=args.lazy)
     source = args.source or "+".join(default_sources(args.model).values())
     if source == "self-generated":
         calibration = self_generated_tokens(model, tokenizer, args.calibration, args.seq, seed=args.seed)
     else:
         calibration = calibration_tokens(tokenizer, args.calibration, args.seq, source, args.seed)
     how = {"damp": args.damp, "blocks": args.blocks, "batch_size": args.batch_size, "work_dir": args.work_dir}
+    how["store"] = args.store
     if args.lazy:  # the embeddings are in the CPU's memory, the blocks come to the device
         how["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = apply(model, calibration, args.ratio, recipe, seed=args.seed, **how)

@@ -33,6 +33,7 @@ class Moments:
         self.name, self.n, self.dtype = name, 0, dtype
         self.xx = self.xy = self.x = self.y = self.yy = None
 
+    @torch.no_grad()  # else sums of what trainable weights made would keep all of it
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add tokens: x [tokens, d_x] and, if they have targets, y [tokens, d_y] (moved to x's device).
 

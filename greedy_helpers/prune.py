@@ -573,6 +573,7 @@ def _apply(linear: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, weight_of(linear), linear.bias)
 
 
+@torch.no_grad()  # the targets are computed in here, batch by batch
 def module_moments(
     stream: BlockStream,
     block: nn.Module,

@@ -31,6 +31,7 @@ from greedy_helpers import (
 )
 from greedy_helpers.compare import RECOMMENDED, apply
 from greedy_helpers.large import resident
+from greedy_helpers.moments import Moments
 
 quiet = partial(prune, progress=False)
 FAMILIES = ("llama-gqa", "gpt2", "bloom", "falcon-rw", "gpt_neo", "gemma2", "stablelm", "olmo2")
@@ -374,3 +375,10 @@ def test_the_gpu_benchmark_runs_anywhere(monkeypatch, capsys):
         )
         assert {"dense pass", "pruned pass", "moments", "scores", "cut", "refit"} <= rows.keys()
     assert all(rate > 0 for name, rate in found["rates"].items() if name != "unit")
+
+
+def test_sums_hold_no_graph():
+    """Targets come from trainable weights: a sum that kept their graph would keep every batch of them."""
+    linear, x, moments = torch.nn.Linear(3, 2), torch.randn(5, 3), Moments("layer")
+    moments.update(x, linear(x))
+    assert not moments.xy.requires_grad
