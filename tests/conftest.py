@@ -53,3 +53,25 @@ def assert_untouched(model, before: dict) -> None:
     assert after["weights"].keys() == before["weights"].keys()
     for name, weight in before["weights"].items():
         torch.testing.assert_close(after["weights"][name], weight, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_same_model(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def assert_same_report(one, other):
+    assert one.stream_errors == other.stream_errors
+    for a, b in zip(one.steps, other.steps, strict=True):
+        assert (a.name, a.error_cut, a.error, a.rank, a.condition) == (
+            b.name,
+            b.error_cut,
+            b.error,
+            b.rank,
+            b.condition,
+        )
+        assert a.scores.dtype == b.scores.dtype
+        assert torch.equal(a.scores, b.scores)
+        assert torch.equal(a.keep, b.keep)

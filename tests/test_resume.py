@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_untouched, state_of
+from conftest import assert_same_model, assert_same_report, assert_untouched, state_of
 from tiny import VOCABULARY, tiny_model
 
 from greedy_helpers import blocks_of, exact_greedy, large, load_model, output_energy, prune, random_scores
@@ -40,22 +40,8 @@ def deep_model(name="llama", blocks=4, dtype=torch.float32):
 
 
 def assert_same(model, report, expected_model, expected_report):
-    expected = expected_model.state_dict()
-    assert model.state_dict().keys() == expected.keys()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
-    assert report.stream_errors == expected_report.stream_errors
-    for a, b in zip(report.steps, expected_report.steps, strict=True):
-        assert (a.name, a.error_cut, a.error, a.rank, a.condition) == (
-            b.name,
-            b.error_cut,
-            b.error,
-            b.rank,
-            b.condition,
-        )
-        assert a.scores.dtype == b.scores.dtype
-        assert torch.equal(a.scores, b.scores)
-        assert torch.equal(a.keep, b.keep)
+    assert_same_model(model, expected_model)
+    assert_same_report(report, expected_report)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_untouched, state_of
+from conftest import assert_same_model, assert_same_report, assert_untouched, state_of
 from tiny import VOCABULARY, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,27 +45,6 @@ def on_disk(name, folder, dtype=torch.float32):
     """A tiny model's folder, as transformers writes it."""
     tiny_model(name, dtype).save_pretrained(folder)
     return folder
-
-
-def assert_same_model(one, other):
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-
-def assert_same_report(one, other):
-    assert one.stream_errors == other.stream_errors
-    for a, b in zip(one.steps, other.steps, strict=True):
-        assert (a.name, a.error_cut, a.error, a.rank, a.condition) == (
-            b.name,
-            b.error_cut,
-            b.error,
-            b.rank,
-            b.condition,
-        )
-        assert torch.equal(a.scores, b.scores)
-        assert torch.equal(a.keep, b.keep)
 
 
 # --- what blocks are called with
