@@ -42,8 +42,9 @@ exercises: .venv/installed
 site: .venv-site/installed
 	.venv-site/bin/python site/build.py
 
-# JupyterLab in headless Chromium: notebooks 00 and 03 run, a slider moves. Takes minutes.
-browser-test: .venv/installed .venv-browser/installed
+# In headless Chromium: every page of the site opens; in JupyterLab, notebooks 00 and 03 run, sliders move. Minutes.
+browser-test: .venv/installed .venv-browser/installed site
+	.venv-browser/bin/python tests/browser/open_site.py
 	.venv-browser/bin/python tests/browser/open_notebooks.py
 
 # What pip would do on Colab.

@@ -3,8 +3,10 @@
     python notebooks/badges.py               # insert or update them in all notebooks
     python notebooks/badges.py --check       # say which lack one or have an old one; exit code 1 if any
     python notebooks/badges.py --remove
+    python notebooks/badges.py --repository https://github.com/you/your-fork    # move there: every file that names it
 
-The address is the repository's in pyproject.toml. Nothing but the badge's line changes, outputs included.
+The address is the repository's in pyproject.toml. Nothing but the badge's line changes, outputs included. Afterwards
+`make exercises` brings the exercise editions up to date.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ BRANCH = "main"
 _BADGE = re.compile(r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]\([^)]*\)\n+")
 
 
-def repository() -> str:
+def repository(root: Path = ROOT) -> str:
     """The repository's address, from pyproject.toml: the one place that names it."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 
 
 def badge(path: str, address: str) -> str:
@@ -73,11 +75,34 @@ def changed(path: Path, remove: bool = False, address: str | None = None, root: 
     return nbformat.writes(notebook, version=4) + "\n"
 
 
+def move(address: str, root: Path = ROOT) -> list[Path]:
+    """Replace the repository's address in pyproject.toml and in every file that repeats it; the files changed.
+
+    Raises:
+        ValueError: see :func:`badge`; nothing has been written then.
+    """
+    badge("notebooks", address)
+    old = repository(root)
+    names = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "README.md")
+    places = [*(root / name for name in names), *sorted((root / "notebooks").glob("[0-9]*.ipynb"))]
+    found = [path for path in places if path.is_file() and old in path.read_text(encoding="utf-8")]
+    for path in found:
+        path.write_text(path.read_text(encoding="utf-8").replace(old, address.rstrip("/")), encoding="utf-8")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--remove", action="store_true")
+    parser.add_argument("--repository", metavar="ADDRESS", help="move to this address on GitHub first")
     args = parser.parse_args()
+    if args.repository:
+        try:
+            for path in move(args.repository):
+                print(f"{path.relative_to(ROOT)}: names {args.repository}")
+        except ValueError as error:
+            parser.error(str(error))
     stale = False
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         text = changed(path, args.remove)

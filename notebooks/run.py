@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import html
 import re
 import sys
 import time
@@ -20,15 +21,20 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 
+# All that a committed cell carries beside its text; `alt` is the description of the cell's picture.
+_KEPT = ("alt", "tags")
 # What a reader's front end may write into a notebook and a repository should not carry.
 _METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with fresh outputs, counts 1..n, and no metadata but the kernelspec."""
+def execute(path: Path) -> tuple[nbformat.NotebookNode, float]:
+    """The notebook with fresh outputs, counts 1..n, and no metadata but the kernelspec; its kernel's peak memory in GB.
+
+    The memory is that of the notebook's own process, 0 where the system does not tell (it does on Linux).
+    """
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key in _KEPT}
         if "solution" in cell.metadata.get("tags", []):
             cell.metadata["jupyter"] = {"source_hidden": True}  # folded until the reader opens it
         if cell.cell_type == "code":
@@ -37,12 +43,41 @@ def execute(path: Path) -> nbformat.NotebookNode:
     resources = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False, resources=resources)
     client.extra_arguments = ["--log-level=40"]  # errors only: the kernel's notes on its sockets are not for readers
+    peak = [0.0]
+    client.on_cell_complete = lambda **_: peak.append(_peak_memory(client.km.provisioner.pid))
     client.execute()
     notebook.metadata = _METADATA | {"language_info": {"name": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = committed(cell.outputs, cell.id)
-    return notebook
+    return notebook, max(peak)
+
+
+def _peak_memory(process: int) -> float:
+    """Largest resident memory of a process so far, in GB."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) / 1e6 if found else 0.0
+
+
+def report(notebook: nbformat.NotebookNode) -> str:
+    """The notebook as an HTML page, every picture with its cell's description for readers who cannot see it."""
+    pictures = [
+        cell.metadata.get("alt", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    descriptions = iter(pictures)
+    # nbconvert has a slot for it and no way to fill it: its template does not ask the cell.
+    missing = re.compile(r'(<img alt=)"No description has been provided for this image"')
+    page = HTMLExporter().from_notebook_node(notebook)[0]
+    if len(missing.findall(page)) != len(pictures):
+        return page
+    return missing.sub(lambda slot: f'{slot[1]}"{html.escape(next(descriptions))}"', page)
 
 
 def committed(outputs: list[nbformat.NotebookNode], cell_id: str = "cell") -> list[nbformat.NotebookNode]:
@@ -94,7 +129,7 @@ def main() -> int:
         started = time.monotonic()
         print(f"executing {path} ...", flush=True)
         try:
-            notebook = execute(path)
+            notebook, peak = execute(path)
         except CellExecutionError as error:
             print(error, file=sys.stderr)
             return 1
@@ -110,9 +145,10 @@ def main() -> int:
         if args.html is not None:
             args.html.mkdir(parents=True, exist_ok=True)
             target = args.html / f"{path.stem}.html"
-            target.write_text(HTMLExporter().from_notebook_node(notebook)[0])
+            target.write_text(report(notebook), encoding="utf-8")
             print(f"report: {target.resolve()}")
-        print(f"{path}: {time.monotonic() - started:.0f} s", flush=True)
+        memory = f", {peak:.1f} GB" if peak else ""
+        print(f"{path}: {time.monotonic() - started:.0f} s{memory}", flush=True)
     return 0
 
 

@@ -22,6 +22,7 @@ SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 BUILD = ROOT / "build" / "site"
 _FOLDED = {"setup": "hide-cell", "solution": "hide-input"}  # tag in the notebook -> tag that folds it on the page
+_BADGE = re.compile(r"\A\[!\[[^\]]*\]\(https://colab[^)]*\)\]\([^)]*\)\s+")
 _MINUTES = re.compile(r"\*\*\d+ · [^*]+\*\* \*\([^)]*?(\d+) minutes")
 
 
@@ -38,10 +39,16 @@ def modules() -> list[str]:
 
 
 def page_of(notebook: dict) -> dict:
-    """The notebook with set-up and solutions folded; what JupyterLab folds by metadata, the page folds by tags."""
+    """The notebook as a page: set-up and solutions folded, pictures described, no badge.
+
+    What JupyterLab folds by metadata, the page folds by tags; it has a button of its own that opens Colab.
+    """
     for cell in notebook["cells"]:
-        tags = cell.get("metadata", {}).get("tags", [])
-        cell["metadata"]["tags"] = [*tags, *(_FOLDED[tag] for tag in tags if tag in _FOLDED)]
+        metadata = cell["metadata"]
+        metadata["tags"] = [*(tags := metadata.get("tags", [])), *(_FOLDED[tag] for tag in tags if tag in _FOLDED)]
+        if "alt" in metadata:
+            metadata["mystnb"] = {"image": {"alt": metadata.pop("alt")}}
+    notebook["cells"][0]["source"] = _BADGE.sub("", "".join(notebook["cells"][0]["source"]))
     return notebook
 
 

@@ -196,6 +196,29 @@ def test_badges_come_change_and_go_without_a_trace(badges, tmp_path):
         badges.badge("notebooks/a.ipynb", "https://gitlab.com/owner/name")
 
 
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("[0-9]*.ipynb")), ids=lambda path: path.stem)
+def test_committed_badges_are_current(badges, path):
+    assert badges.changed(path) is None, "run `python notebooks/badges.py`, then `make exercises`"
+
+
+def test_one_command_moves_every_file_that_names_the_repository(badges, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    names = ["pyproject.toml", "CITATION.cff", "CHANGELOG.md", "README.md", "notebooks/00_quickstart.ipynb"]
+    before = {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="expected a repository on GitHub"):
+        badges.move("https://gitlab.com/owner/name", tmp_path)
+    assert all((tmp_path / name).read_text(encoding="utf-8") == text for name, text in before.items())
+    old, new = badges.repository(), "https://github.com/one/fork"
+    moved = badges.move(new, tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in moved} == {n for n in names if old in before[n]}
+    assert badges.repository(tmp_path) == new
+    setup = nbformat.read(tmp_path / names[-1], as_version=4).cells[1].source
+    assert f'REPOSITORY = "{new}"' in setup
+    assert badges.changed(tmp_path / names[-1], address=new, root=tmp_path) is not None, "the badge is next"
+
+
 def test_the_badge_of_an_edition_opens_the_edition(editions, badges):
     task = task_cell()
     task.source = badges.with_badge(task.source, "notebooks/02_b.ipynb", "https://github.com/one/first")

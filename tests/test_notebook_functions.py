@@ -5,22 +5,28 @@ single heads, empty results, ratios on the edge of a whole unit.
 """
 
 import ast
+import copy
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import tiny
 import torch
 
 import greedy_helpers as gh
+from greedy_helpers.cost import count_macs
+from greedy_helpers.evaluate import TextScore
+from greedy_helpers.tasks import paired_accuracy
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 def taken_from(stem, *names):
     """The functions of those names as the notebook defines them."""
-    found = {"torch": torch, "math": math, "itertools": itertools}
+    found = {"torch": torch, "math": math, "itertools": itertools, "repeat": itertools.repeat, "gh": gh}
     for cell in nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4).cells:
         # Only cells with one of the names are parsed: a cell may hold IPython's % and !.
         if cell.cell_type == "code" and any(f"def {name}(" in cell.source for name in names):
@@ -77,3 +83,132 @@ def test_greedy_elimination():
         for n_keep in (1, 4, 8, 9):
             kept = gh.eliminate(h, b, torch.arange(9)[:, None], n_keep).keep
             torch.testing.assert_close(greedy_keep(h, b, n_keep), kept)
+
+
+@pytest.mark.parametrize("digits", [1, 12])
+def test_second_moment_of_a_plain_module(digits):
+    functions = taken_from("04_second_moment", "second_moment_by_hand", "second_moment_at_once", "second_moment_scores")
+    model = tiny.tiny_model("gpt2")
+    ffn = gh.depth2_modules(model, [0], kinds={"ffn"})[0]
+    (level1,) = (group.linear for group in ffn.level1.values())
+    torch.nn.init.zeros_(level1.bias)
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)).double().round(decimals=digits) + 0.5
+    moments = gh.Moments()
+    moments.update(x)
+    a, b = gh.weight_of(level1).detach(), gh.weight_of(ffn.level2.linear).detach()
+    right = gh.second_moment(ffn, gh.Seen(moments, moments))
+    for function in functions:
+        torch.testing.assert_close(function(a, b, moments.xx / moments.n), right, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "opt"])
+def test_the_pruning_loop(family):
+    (prune_by_hand,) = taken_from("05_pruning", "prune_by_hand")
+    model = tiny.tiny_model(family)
+    tokens = torch.randint(tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+    by_hand = prune_by_hand(copy.deepcopy(model), tokens, 0.3, [0, 1])
+    gh.prune(model, tokens, 0.3, criterion=gh.second_moment, progress=False)
+    for (name, mine), theirs in zip(by_hand.named_parameters(), model.parameters(), strict=True):
+        assert mine.shape == theirs.shape, name
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt"])
+def test_multiply_accumulates(family):
+    (macs,) = taken_from("05_pruning", "macs")
+    model = tiny.tiny_model(family, torch.float32)
+    gh.remove_units(gh.depth2_modules(model, [1])[1], torch.arange(50))
+    for seq in (1, 7):
+        found, right = macs(model, seq), count_macs(model, seq)
+        assert list(found.values()) == [right["linears"], right["attention"], right["head"]]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_of_four_matrices(bias):
+    (remove_heads,) = taken_from("05_pruning", "remove_heads")
+    model = tiny.tiny_model("llama")
+    attention = gh.blocks_of(model)[0].self_attn
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    for part in parts[:3]:
+        part.bias = torch.nn.Parameter(torch.randn(48).double()) if bias else None
+    by_hand = copy.deepcopy(parts)
+    remove_heads(*by_hand, [0, 2], 12)
+    gh.remove_units(gh.depth2_modules(model, [0], kinds={"attention"})[0], torch.tensor([1, 3]))
+    for mine, theirs in zip(by_hand, parts, strict=True):
+        torch.testing.assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=0)
+
+
+def regression(seed, tokens=40, d=7, outputs=3):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d, generator=generator).double() + 1
+    y = x @ torch.randn(d, outputs, generator=generator).double() + torch.randn(tokens, outputs, generator=generator)
+    moments = gh.Moments()
+    moments.update(x, y)
+    return x, y, moments, torch.randn(outputs, d, generator=generator).double()
+
+
+@pytest.mark.parametrize("damp", [1e-6, 0.01, 3.0])
+def test_refits(damp):
+    ridge_toward, error_from_moments, centred_solve = taken_from(
+        "06_reconstruction", "ridge_toward", "error_from_moments", "centred_solve"
+    )
+    for seed in range(3):
+        x, y, m, w0 = regression(seed)
+        plain = gh.solve(m, w0, damp=damp)
+        torch.testing.assert_close(ridge_toward(x, y, w0, plain.lam), plain.weight)
+        assert math.isclose(error_from_moments(m.xx, m.xy, m.yy, plain.weight), m.relative_error(plain.weight))
+        centred = gh.solve(m, w0, torch.zeros(3).double(), damp)
+        found = centred_solve(m.n, m.xx, m.xy, m.x, m.y, w0, centred.lam)
+        torch.testing.assert_close(found, (centred.weight, centred.bias))
+
+
+def test_refit_of_linears_side_by_side():
+    (refit_by_hand,) = taken_from("06_reconstruction", "refit_by_hand")
+    for bias in (True, False):
+        x, y, m, _ = regression(0)
+        layers = [torch.nn.Linear(7, n, bias=bias).double() for n in (1, 2)]
+        by_hand = copy.deepcopy(layers)
+        refit_by_hand(by_hand, x, y, 0.02)
+        gh.refit(layers, m, 0.02)
+        for mine, theirs in zip(by_hand, layers, strict=True):
+            torch.testing.assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
+
+
+def test_the_bias_remedy():
+    (bias_remedy,) = taken_from("06_reconstruction", "bias_remedy")
+    model = tiny.tiny_model("opt")
+    tokens = torch.randint(tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+    ffn = gh.depth2_modules(model, [0], kinds={"ffn"})[0]
+    whole, bias, z = gh.weight_of(ffn.level2.linear).detach().clone(), ffn.level2.linear.bias.detach().clone(), []
+    hook = ffn.level2.linear.register_forward_pre_hook(lambda _, args: z.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    report = gh.prune(model, tokens, 0.3, refit="bias", blocks=[0], kinds={"ffn"}, progress=False)
+    gone = sorted(set(range(80)) - set(report.steps[0].keep.tolist()))
+    torch.testing.assert_close(ffn.level2.linear.bias - bias, bias_remedy(whole, torch.cat(z), gone))
+
+
+def test_scores_of_texts():
+    bits_per_byte, bootstrap_error = taken_from("08_comparison", "bits_per_byte", "bootstrap_error")
+    generator = torch.Generator().manual_seed(0)
+    texts = ["plain", "häßlich", "日本語の文"]
+    losses = [torch.rand(n, generator=generator).double() for n in (4, 9, 2)]
+    nats, targets = torch.stack([loss.sum() for loss in losses]), torch.tensor([4, 9, 2])
+    size = torch.tensor([len(text.encode()) for text in texts])
+    score = TextScore(16, 16, 3, "documents", nats, targets, size)
+    assert math.isclose(bits_per_byte(torch.cat(losses), "".join(texts)), score.bits_per_byte)
+    assert math.isclose(bootstrap_error(nats, targets), score.loss_error, rel_tol=0.1), "other draws"
+
+
+def test_mcnemar():
+    (mcnemar,) = taken_from("08_comparison", "mcnemar")
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.0, 0.1, 0.5):
+        a = torch.rand(60, generator=generator) < 0.6
+        b = a ^ (torch.rand(60, generator=generator) < share)
+        first, second = (
+            SimpleNamespace(answers=[0] * 60, characters=[], correct=right, correct_norm=right) for right in (a, b)
+        )
+        right = paired_accuracy(first, second)
+        assert mcnemar(a, b) == (right.only_first, right.only_second, pytest.approx(right.p_value))

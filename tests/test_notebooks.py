@@ -3,6 +3,7 @@
 nbval executes the notebooks; this file looks at how they were saved.
 """
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -74,6 +75,69 @@ def test_at_most_two_code_cells_in_a_row(path):
 def test_it_checks_what_it_claims(path):
     checking = [cell for cell in code_cells(read(path)) if "assert" in cell.source]
     assert len(checking) >= 3
+
+
+TASK = re.compile(r"\*\*(\d+) · [^*]+\*\* \*\((?:optional, )?(?:easy|medium|hard), \d+ minutes(, no checker)?\)\*")
+HELP = re.compile(r"<details><summary>(.+?)</summary>")
+
+
+def missing(notebook) -> list[str]:
+    """What every notebook of the course has and this one has not; empty if it has everything."""
+    found, cells = [], notebook.cells
+    first = re.sub(r"\A\[!.*\n+", "", cells[0].source)
+    for what, pattern in {
+        "title": r"\A# \d\d · \S",
+        "promise": r"\*\*Promise\.\*\* \S",
+        "objectives": r"\| \*\*You will be able to\*\* \| \S",
+        "needs: minutes, memory, GPU": r"\| \*\*Needs\*\* \|.*\bminutes?\b.*\bGB\b.*\bGPU\b",
+        "sections of the paper": r"\| \*\*Paper\*\* \|.*section|\| \*\*Paper\*\* \|.*appendix",
+    }.items():
+        if not re.search(pattern, first):
+            found.append(what)
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    questions = [part for part in re.split(r"(?=\*\*Question)", text)[1:] if "<details>" in part[:1500]]
+    if "**Predict" not in text or not questions:
+        found.append("a prediction before and a question with a folded answer after a result")
+    tasks = 0
+    for place, cell in enumerate(cells):
+        pieces = re.split(r"(?=\*\*\d+ · )", cell.source)[1:] if cell.cell_type == "markdown" else []
+        for piece in pieces:
+            task, help_ = TASK.match(piece), HELP.findall(piece)
+            if task is None:
+                found.append(f"difficulty and minutes in {piece[:40]!r}")
+                continue
+            tasks += 1
+            if task[2]:
+                continue
+            if help_[:1] != ["Hint"] or len(help_) < 2:
+                found.append(f"a hint, then help with a mistake, in task {task[1]}: found {help_}")
+            tags = [cells[place + 1].metadata.get("tags", []) if place + 1 < len(cells) else []]
+            if tags != [["solution"]] or "exercises.check_" not in cells[place + 2].source:
+                found.append(f"a solution and a checker behind task {task[1]}")
+    if not 3 <= tasks <= 6:
+        found.append(f"three to six exercises: found {tasks}")
+    last = cells[-1].source
+    for part in ("## Takeaways", "**Further reading.**"):
+        if part not in last:
+            found.append(part)
+    for place, cell in enumerate(cells):
+        pictures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        description = cell.metadata.get("alt", "")
+        if bool(pictures) != bool(description) or 0 < len(description) < 60:
+            found.append(f"one description per picture: cell {cell.id} has {len(pictures)}, alt {description!r}")
+        if len(pictures) > 1:
+            found.append(f"cell {place} has {len(pictures)} pictures and one description")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_has_what_every_notebook_of_the_course_has(path):
+    assert missing(read(path)) == []
+
+
+def test_that_check_has_teeth():
+    bare = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A title")])
+    assert len(missing(bare)) == 9
 
 
 def cell(count, source="1", outputs=()):

@@ -3,9 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
-from nbformat.v4 import new_output
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 SCRIPT = Path(__file__).resolve().parent.parent / "notebooks" / "run.py"
 
@@ -41,3 +42,25 @@ def test_styled_tables_have_the_same_names_each_time_and_different_ones_in_a_not
         assert output.data["text/plain"] == "<pandas.io.formats.style.Styler object>"
         assert f'<table id="T_nb05-007-{n}">' in output.data["text/html"]
         assert f"#T_nb05-007-{n}_row0_col0" in output.data["text/html"], "its rules know the new name"
+
+
+PLOT = """from matplotlib import pyplot as plt
+_ = plt.figure(figsize=(1, 1)).add_subplot()
+plt.show()"""
+
+
+def test_a_run_keeps_what_describes_a_picture_and_the_report_shows_it(run, tmp_path):
+    cells = [
+        new_code_cell(PLOT, metadata={"alt": 'A curve & a "line".', "tags": ["x"], "collapsed": True}),
+        new_code_cell(PLOT),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "plots.ipynb")
+    notebook, peak = run.execute(tmp_path / "plots.ipynb")
+    assert [dict(cell.metadata) for cell in notebook.cells] == [{"alt": 'A curve & a "line".', "tags": ["x"]}, {}]
+    page = run.report(notebook)
+    assert page.count("<img alt=") == 2
+    assert '<img alt="A curve &amp; a &quot;line&quot;."' in page
+    assert '<img alt=""' in page
+    assert "No description" not in page
+    if Path("/proc/self/status").is_file():
+        assert 0.01 < peak < 4, "gigabytes"

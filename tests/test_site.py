@@ -62,16 +62,29 @@ def test_all_sources_of_the_book_are_there(build, tmp_path):
 
 def test_pages_fold_set_up_and_solutions_and_leave_the_notebooks_alone(build):
     cells = [
+        {
+            "cell_type": "markdown",
+            "metadata": {},
+            "source": ["[![a](https://colab.x/b.svg)](https://c)\n", "\n", "# T"],
+        },
         {"cell_type": "code", "metadata": {"tags": ["setup"]}},
         {"cell_type": "code", "metadata": {"tags": ["solution"], "jupyter": {"source_hidden": True}}},
         {"cell_type": "markdown", "metadata": {}},
     ]
     page = build.page_of({"cells": cells})
+    assert page["cells"][0]["source"] == "# T"
     assert [cell["metadata"]["tags"] for cell in page["cells"]] == [
+        [],
         ["setup", "hide-cell"],
         ["solution", "hide-input"],
         [],
     ]
+
+
+def test_pages_describe_pictures_where_myst_nb_looks_for_it(build):
+    cells = [{"cell_type": "code", "metadata": {"alt": "A line that falls."}, "source": "1"}]
+    (cell,) = build.page_of({"cells": cells})["cells"]
+    assert cell["metadata"] == {"mystnb": {"image": {"alt": "A line that falls."}}, "tags": []}
 
 
 def test_timings_add_up_the_exercises(build, tmp_path):

@@ -4,6 +4,7 @@ Three levels each: the shape, the values against an independent reference, and a
 """
 
 from .common import NotYet
+from .nb00 import check_activity, check_perplexity, check_share_repaired
 from .nb01 import check_fused_layout, check_pieces, check_remove_channels
 from .nb02 import (
     check_first_order,
@@ -52,6 +53,7 @@ from .nb10 import check_block_bytes, check_merge, check_micro_batch, check_resum
 
 __all__ = [
     "NotYet",
+    "check_activity",
     "check_bias_remedy",
     "check_bits_per_byte",
     "check_block_bytes",
@@ -76,6 +78,7 @@ __all__ = [
     "check_merge",
     "check_micro_batch",
     "check_pareto_front",
+    "check_perplexity",
     "check_pieces",
     "check_purposes",
     "check_removal_cost",
@@ -87,6 +90,7 @@ __all__ = [
     "check_rising_prices",
     "check_second_moment_scores",
     "check_set_cost",
+    "check_share_repaired",
     "check_shared_runs",
     "check_sigma_of_random_ids",
     "check_spearman",

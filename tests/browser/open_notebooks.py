@@ -1,4 +1,4 @@
-"""Notebooks in a real browser: JupyterLab under headless Chromium opens them, runs all cells, moves a slider.
+"""Notebooks in a real browser: JupyterLab under headless Chromium opens them, runs all cells, moves the sliders.
 
     .venv-browser/bin/python tests/browser/open_notebooks.py          # `make browser-test`
     .venv-browser/bin/python tests/browser/open_notebooks.py --explorer-only    # a notebook of one slider, one minute
@@ -25,6 +25,7 @@ from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -35,6 +36,7 @@ from greedy_helpers import widgets
 
 places = torch.tensor([0.0, 0.1, 0.2, 0.5, 0.9])
 widgets.tau_explorer((places[:, None] - places).abs(), [0.05, 0.15, 0.35, 0.5], start=0.15)"""
+SKIPPED = "skipped: no chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)"
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,1200""".split()
 
@@ -156,10 +158,17 @@ return Boolean(context && context.isReady && context.session && context.session.
                && context.session.kernel.status === 'idle');"""
 
 
-def move_a_slider(page: webdriver.Chrome, seconds: float = 60) -> tuple[str, str]:
-    """Press an arrow key on the first slider; the sentences before and after, once the picture has changed."""
-    selector = ".jupyter-widgets.widget-vbox, .jupyter-widgets.widget-box"
-    box = WebDriverWait(page, seconds).until(lambda page: page.find_elements(By.CSS_SELECTOR, selector))[0]
+# A progress bar is a box, too: only those with a slider and a picture.
+_EXPLORER = ".jp-OutputArea-output > .widget-box:has(.noUi-handle, input[type=range]):has(img)"
+
+
+def move_sliders(page: webdriver.Chrome, seconds: float = 60) -> list[tuple[str, str]]:
+    """Press an arrow key on each explorer's slider; its sentences before and after, once its picture has changed."""
+    boxes = WebDriverWait(page, seconds).until(lambda page: page.find_elements(By.CSS_SELECTOR, _EXPLORER))
+    return [move_slider(page, box, seconds) for box in boxes]
+
+
+def move_slider(page: webdriver.Chrome, box: WebElement, seconds: float) -> tuple[str, str]:
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
     handle = box.find_element(By.CSS_SELECTOR, ".noUi-handle, input[type=range]")
 
@@ -196,7 +205,7 @@ def main() -> int:
     parser.add_argument("--screenshots", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     if chromium() is None:
-        print("skipped: no chromium with chromedriver here (Debian: apt-get install chromium chromium-driver)")
+        print(SKIPPED)
         return 0
     if not LAB.is_file():
         print(f"expected JupyterLab at {LAB}; `make lab` or `make demo` installs it", file=sys.stderr)
@@ -215,8 +224,8 @@ def main() -> int:
                 saved = run_all(page, lab, folder / f"{notebook}.ipynb", args.seconds)
                 print(f"{notebook}: {sum(c['cell_type'] == 'code' for c in saved['cells'])} code cells ran", flush=True)
                 if notebook == "explorer" or "explorer(" in json.dumps(saved):
-                    before, after = move_a_slider(page)
-                    print(f"  slider moved, the picture changed\n  before: {before}\n  after:  {after}", flush=True)
+                    for before, after in move_sliders(page):
+                        print(f"  slider moved, the picture changed\n  before: {before}\n  after:  {after}", flush=True)
                 if args.screenshots:
                     args.screenshots.mkdir(parents=True, exist_ok=True)
                     page.save_screenshot(str(args.screenshots / f"{notebook}.png"))
