@@ -32,7 +32,7 @@ lint: .venv/installed
 
 # Re-execute every notebook in place, top to bottom, as it is committed.
 notebooks: .venv/installed
-	$(BIN)/python notebooks/run.py $(NOTEBOOKS) --in-place
+	$(BIN)/python notebooks/run.py $(NOTEBOOKS) --in-place --record data/results/notebooks.json
 
 # The exercise editions in notebooks/exercises/: the notebooks without their solutions.
 exercises: .venv/installed

@@ -48,17 +48,17 @@ def perplexity_bars(
         if baseline:
             ax.axhline(baseline[domain], color=PALETTE[d], linestyle="--", linewidth=1)
             ax.annotate(
-                f"dense {baseline[domain]:.1f}",
+                f"{domain}, dense {baseline[domain]:.1f}",
                 (1.0, baseline[domain]),
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
-                color=PALETTE[d],
             )
     ax.set_xticks(range(len(values)), [name.replace(" + ", "\n+ ") for name in values])
     ax.set_ylabel("perplexity (lower is better)")
+    ax.margins(y=0.1)  # room for the numbers on top
     ax.legend(title="held-out text", frameon=False, loc="upper right")
     return ax
 
@@ -130,9 +130,10 @@ def module_map(
     values = np.asarray(values, dtype=float)
     vmax = float(np.nanmax(values)) if vmax is None else vmax
     ax.imshow(values, cmap="Blues", vmin=vmin, vmax=vmax, aspect="auto")
+    size = 9 if values.shape[1] <= 8 else 8
     for row, column in np.ndindex(values.shape):
-        dark = (values[row, column] - vmin) > 0.55 * (vmax - vmin)
-        look = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "black"}
+        dark = (values[row, column] - vmin) > 0.65 * (vmax - vmin)
+        look = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if dark else "black"}
         ax.text(column, row, fmt.format(values[row, column]), **look)
     ax.set_xticks(range(values.shape[1]))
     ax.set_yticks(range(len(kinds)), kinds)

@@ -185,7 +185,7 @@ def tau_explorer(
             _draw_graph(ax, graphs[i][name], marked[i][name], orphans[i][name])
             gone = f"{len(marked[i][name])} go"
             ax.set_title(f"module {number}: {gone}" if len(modules) > 1 else gone, fontsize=10)
-        figure.text(0.7, 0.94, "blue stays, orange goes; thick rim: no neighbour stays", ha="center", fontsize=10)
+        figure.text(0.7, 0.94, "light blue stays, orange goes; thick rim: no neighbour stays", ha="center", fontsize=10)
         alone = sum(map(len, orphans[i].values()))
         return (
             f"tau = {taus[i]:g} nats: {counts[i]} of {n_heads} heads go, "
@@ -200,7 +200,7 @@ def _draw_graph(ax: Axes, graph: Any, gone: Sequence[int], lonely: Sequence[int]
 
     where = nx.circular_layout(graph)
     look = {"node_size": 130, "edge_color": "#666666", "font_size": 8}
-    colors = [PALETTE[1] if head in gone else PALETTE[5] for head in graph]
+    colors = [PALETTE[1] if head in gone else "#bfe3f5" for head in graph]
     rims = [2.2 if head in lonely else 0.0 for head in graph]
     nx.draw_networkx(graph, where, ax=ax, node_color=colors, edgecolors="black", linewidths=rims, **look)
     ax.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35))
@@ -227,8 +227,9 @@ def ratio_explorer(table: pd.DataFrame, dense: float | None = None, *, start: fl
         raise ValueError(f"ratio_explorer: expected different ratios in (0, 1) as rows, found {table.index.tolist()}")
     if not (np.isnan(found) | (found > 0)).all() or np.isnan(found).all(axis=1).any():
         raise ValueError("ratio_explorer: expected positive perplexities, at least one per ratio")
+    colors = (*PALETTE[:6], PALETTE[7], PALETTE[6])  # yellow lines are hard to see: last
     looks = {
-        name: {"color": PALETTE[v % len(PALETTE)], "marker": _MARKERS[v % len(_MARKERS)]}
+        name: {"color": colors[v % len(colors)], "marker": _MARKERS[v % len(_MARKERS)]}
         for v, name in enumerate(table.columns)
     }
 
@@ -243,6 +244,9 @@ def ratio_explorer(table: pd.DataFrame, dense: float | None = None, *, start: fl
         now = table.iloc[i].dropna().sort_values(ascending=False)
         bars = right.barh(range(len(now)), now, color=[looks[name]["color"] for name in now.index])
         right.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+        for place, name in enumerate(now.index):  # the line's marker, so that colour is not the only link
+            sign = {"marker": looks[name]["marker"], "color": "white", "markeredgecolor": "black"}
+            right.plot(0.05, place, transform=right.get_yaxis_transform(), **sign)
         right.set_yticks(range(len(now)), now.index, fontsize=9)
         right.set(xlabel="perplexity, lower is better" + " (dashed: dense)" * (dense is not None), xscale="log")
         right.set_title(f"{ratios[i]:.0%} removed", fontsize=11)
@@ -305,18 +309,19 @@ def ridge_explorer(
     before = {name: text.relative_error(weight) for name, text in texts.items()}
     strength = torch.linalg.eigvalsh(seen.xx).flip(0).clamp(min=0).cpu().numpy()
     shares = [strength / (strength + s.lam) for s in solutions]
+    colors = (PALETTE[2], PALETTE[0], PALETTE[1], *PALETTE[3:])  # other texts as everywhere: code blue, prose orange
 
     def draw(figure: Figure, i: int) -> str:
         left, right = figure.add_axes((0.12, 0.15, 0.37, 0.73)), figure.add_axes((0.6, 0.15, 0.37, 0.73))
         for v, (name, values) in enumerate(errors.items()):
-            left.plot(damps, values, color=PALETTE[v], marker=_MARKERS[v], markersize=4, label=name)
-            left.axhline(before[name], color=PALETTE[v], linestyle="--", linewidth=1)
+            left.plot(damps, values, color=colors[v], marker=_MARKERS[v], markersize=4, label=name)
+            left.axhline(before[name], color=colors[v], linestyle="--", linewidth=1)
             _here(left, damps[i], values[i])
         left.set(xscale="log", yscale="log", xlabel="damping (share of the mean diagonal)")
         left.set_ylabel("relative error (dashed: no refit)")
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(errors)}
         left.legend(frameon=False, fontsize=9, handletextpad=0.3, columnspacing=1, **place)
-        right.fill_between(range(1, len(strength) + 1), shares[i], step="mid", color=PALETTE[0], alpha=0.6)
+        right.fill_between(range(1, len(strength) + 1), shares[i], step="mid", color=PALETTE[2], alpha=0.6)
         right.set(xlim=(0, len(strength) + 1), ylim=(0, 1.02), xlabel="directions of the input, strongest first")
         right.set_ylabel("share that the data decide")
         found = ", ".join(f"{values[i]:.3g} on {name}" for name, values in errors.items())

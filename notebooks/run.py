@@ -1,7 +1,7 @@
 """Execute notebooks top to bottom: in place for committing, or as an HTML report to read.
 
     python notebooks/run.py notebooks/00_quickstart.ipynb --html reports
-    python notebooks/run.py notebooks/*.ipynb --in-place
+    python notebooks/run.py notebooks/*.ipynb --in-place --record data/results/notebooks.json
 
 What the cells tagged `summary` print is repeated on the terminal.
 """
@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import json
+import os
+import platform
 import re
 import sys
 import time
@@ -106,6 +109,19 @@ def committed(outputs: list[nbformat.NotebookNode], cell_id: str = "cell") -> li
     return kept
 
 
+def record(file: Path, stem: str, seconds: float, memory: float) -> None:
+    """Add to a JSON file what a notebook needed here: seconds, and the peak memory of its process in GB."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    known[stem] = {
+        "seconds": round(seconds),
+        "memory, GB": round(memory, 1),
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, {threads} threads",
+        "model": os.environ.get("GREEDY_MODEL", "llama-mini"),
+    }
+    file.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
+
+
 def figures(notebook: nbformat.NotebookNode, tag: str) -> list[bytes]:
     """PNG pictures in the outputs of the cells with that tag."""
     return [
@@ -121,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--in-place", action="store_true", help="write the outputs into the notebook")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="note time and memory in this JSON file")
     parser.add_argument("--html", type=Path, metavar="FOLDER", help="write an HTML report into this folder")
     args = parser.parse_args()
     for path in args.notebooks:
@@ -147,8 +164,10 @@ def main() -> int:
             target = args.html / f"{path.stem}.html"
             target.write_text(report(notebook), encoding="utf-8")
             print(f"report: {target.resolve()}")
-        memory = f", {peak:.1f} GB" if peak else ""
-        print(f"{path}: {time.monotonic() - started:.0f} s{memory}", flush=True)
+        seconds = time.monotonic() - started
+        if args.record is not None:
+            record(args.record, path.stem, seconds, peak)
+        print(f"{path}: {seconds:.0f} s" + (f", {peak:.1f} GB" if peak else ""), flush=True)
     return 0
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 BUILD = ROOT / "build" / "site"
+RECORDED = ROOT / "data" / "results" / "notebooks.json"  # by `make notebooks`
 _FOLDED = {"setup": "hide-cell", "solution": "hide-input"}  # tag in the notebook -> tag that folds it on the page
 _BADGE = re.compile(r"\A\[!\[[^\]]*\]\(https://colab[^)]*\)\]\([^)]*\)\s+")
 _MINUTES = re.compile(r"\*\*\d+ · [^*]+\*\* \*\([^)]*?(\d+) minutes")
@@ -70,8 +71,9 @@ def contents(paths: list[Path], names: list[str]) -> dict:
 
 
 def timings(paths: list[Path]) -> str:
-    """A table of what the notebooks say they need, and of the minutes that their exercises name."""
-    rows = ["| notebook | needs | exercises, minutes |", "|---|---|---|"]
+    """A table of what the notebooks say they need, what a recorded run took, and the minutes their exercises name."""
+    rows = ["| notebook | needs | measured | exercises, minutes |", "|---|---|---|---|"]
+    measured = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.is_file() else {}
     for path in paths:
         cells = [
             cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"
@@ -80,7 +82,9 @@ def timings(paths: list[Path]) -> str:
         title = texts[0].splitlines()[0].lstrip("# ") if texts[0].startswith("#") else _heading(texts[0])
         needs = re.search(r"\*\*Needs\*\* \| ([^|\n]+) \|", texts[0])
         minutes = sum(int(found) for text in texts for found in _MINUTES.findall(text))
-        rows.append(f"| [{title}](notebooks/{path.name}) | {needs[1] if needs else ''} | {minutes or ''} |")
+        run = measured.get(path.stem)
+        took = f"{run['seconds']} s, {run['memory, GB']} GB" if run else ""
+        rows.append(f"| [{title}](notebooks/{path.name}) | {needs[1] if needs else ''} | {took} | {minutes or ''} |")
     return "\n".join(rows)
 
 

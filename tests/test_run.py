@@ -1,6 +1,7 @@
 """What notebooks/run.py keeps of the outputs: the same bytes for the same results."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import nbformat
@@ -64,3 +65,14 @@ def test_a_run_keeps_what_describes_a_picture_and_the_report_shows_it(run, tmp_p
     assert "No description" not in page
     if Path("/proc/self/status").is_file():
         assert 0.01 < peak < 4, "gigabytes"
+
+
+def test_time_and_memory_are_recorded_per_notebook(run, tmp_path):
+    file = tmp_path / "runs.json"
+    for stem, seconds in [("01_b", 10.4), ("00_a", 3), ("01_b", 20.6)]:
+        run.record(file, stem, seconds, 1.26)
+    found = json.loads(file.read_text())
+    assert list(found) == ["00_a", "01_b"]
+    assert found["01_b"]["seconds"] == 21
+    assert found["01_b"]["memory, GB"] == 1.3
+    assert "cores" in found["01_b"]["hardware"]
