@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -82,8 +83,11 @@ def test_killed_at_random_moments(tmp_path, uninterrupted):
             kills += 1
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        if process.exitcode == 0:
+        if process.exitcode == 0 and kills:
             break
+        if process.exitcode == 0:  # the timed run was slow, on a busy machine: again from the start, with less patience
+            shutil.rmtree(tmp_path / "work")
+            usual /= 2
     model = deep_model()
     report = quiet(model, calibration(), **HOW, work_dir=tmp_path / "work")
     assert kills > 0
