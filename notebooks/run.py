@@ -68,19 +68,15 @@ def _peak_memory(process: int) -> float:
 
 def report(notebook: nbformat.NotebookNode) -> str:
     """The notebook as an HTML page, every picture with its cell's description for readers who cannot see it."""
-    pictures = [
-        cell.metadata.get("alt", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    descriptions = iter(pictures)
+    descriptions = [cell.metadata.get("alt", "") for cell, _ in pictures(notebook)]
     # nbconvert has a slot for it and no way to fill it: its template does not ask the cell.
-    missing = re.compile(r'(<img alt=)"No description has been provided for this image"')
+    missing = '<img alt="No description has been provided for this image"'
     page = HTMLExporter().from_notebook_node(notebook)[0]
-    if len(missing.findall(page)) != len(pictures):
+    if page.count(missing) != len(descriptions):
         return page
-    return missing.sub(lambda slot: f'{slot[1]}"{html.escape(next(descriptions))}"', page)
+    for description in descriptions:  # in the order of the pictures
+        page = page.replace(missing, f'<img alt="{html.escape(description)}"', 1)
+    return page
 
 
 def committed(outputs: list[nbformat.NotebookNode], cell_id: str = "cell") -> list[nbformat.NotebookNode]:
@@ -122,15 +118,19 @@ def record(file: Path, stem: str, seconds: float, memory: float) -> None:
     file.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
 
 
-def figures(notebook: nbformat.NotebookNode, tag: str) -> list[bytes]:
-    """PNG pictures in the outputs of the cells with that tag."""
+def pictures(notebook: nbformat.NotebookNode) -> list[tuple[nbformat.NotebookNode, str]]:
+    """Every PNG picture in base64, with its cell, from top to bottom."""
     return [
-        base64.b64decode(output["data"]["image/png"])
+        (cell, output["data"]["image/png"])
         for cell in notebook.cells
-        if tag in cell.metadata.get("tags", [])
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
+
+
+def figures(notebook: nbformat.NotebookNode, tag: str) -> list[bytes]:
+    """PNG pictures in the outputs of the cells with that tag."""
+    return [base64.b64decode(png) for cell, png in pictures(notebook) if tag in cell.metadata.get("tags", [])]
 
 
 def main() -> int:

@@ -90,7 +90,7 @@ def missing(notebook) -> list[str]:
         "promise": r"\*\*Promise\.\*\* \S",
         "objectives": r"\| \*\*You will be able to\*\* \| \S",
         "needs: minutes, memory, GPU": r"\| \*\*Needs\*\* \|.*\bminutes?\b.*\bGB\b.*\bGPU\b",
-        "sections of the paper": r"\| \*\*Paper\*\* \|.*section|\| \*\*Paper\*\* \|.*appendix",
+        "sections of the paper": r"\| \*\*Paper\*\* \|.*(section|appendix)",
     }.items():
         if not re.search(pattern, first):
             found.append(what)
@@ -111,8 +111,9 @@ def missing(notebook) -> list[str]:
                 continue
             if help_[:1] != ["Hint"] or len(help_) < 2:
                 found.append(f"a hint, then help with a mistake, in task {task[1]}: found {help_}")
-            tags = [cells[place + 1].metadata.get("tags", []) if place + 1 < len(cells) else []]
-            if tags != [["solution"]] or "exercises.check_" not in cells[place + 2].source:
+            answer, *checker = cells[place + 1 : place + 3] or [{}]
+            solved = answer.get("metadata", {}).get("tags") == ["solution"]
+            if not solved or not checker or "exercises.check_" not in checker[0].source:
                 found.append(f"a solution and a checker behind task {task[1]}")
     if not 3 <= tasks <= 6:
         found.append(f"three to six exercises: found {tasks}")
