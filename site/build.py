@@ -20,10 +20,12 @@ from pathlib import Path
 
 SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
+sys.path.append(str(ROOT / "notebooks"))
+from badges import without_badge  # noqa: E402 - a script beside the notebooks, which know what a badge looks like
+
 BUILD = ROOT / "build" / "site"
 RECORDED = ROOT / "data" / "results" / "notebooks.json"  # by `make notebooks`
 _FOLDED = {"setup": "hide-cell", "solution": "hide-input"}  # tag in the notebook -> tag that folds it on the page
-_BADGE = re.compile(r"\A\[!\[[^\]]*\]\(https://colab[^)]*\)\]\([^)]*\)\s+")
 _MINUTES = re.compile(r"\*\*\d+ · [^*]+\*\* \*\([^)]*?(\d+) minutes")
 
 
@@ -49,7 +51,7 @@ def page_of(notebook: dict) -> dict:
         metadata["tags"] = [*(tags := metadata.get("tags", [])), *(_FOLDED[tag] for tag in tags if tag in _FOLDED)]
         if "alt" in metadata:
             metadata["mystnb"] = {"image": {"alt": metadata.pop("alt")}}
-    notebook["cells"][0]["source"] = _BADGE.sub("", "".join(notebook["cells"][0]["source"]))
+    notebook["cells"][0]["source"] = without_badge("".join(notebook["cells"][0]["source"]))
     return notebook
 
 

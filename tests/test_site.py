@@ -61,11 +61,12 @@ def test_all_sources_of_the_book_are_there(build, tmp_path):
 
 
 def test_pages_fold_set_up_and_solutions_and_leave_the_notebooks_alone(build):
+    svg = "https://colab.research.google.com/assets/colab-badge.svg"
     cells = [
         {
             "cell_type": "markdown",
             "metadata": {},
-            "source": ["[![a](https://colab.x/b.svg)](https://c)\n", "\n", "# T"],
+            "source": [f"[![a]({svg})](https://c)\n", "\n", "# T"],
         },
         {"cell_type": "code", "metadata": {"tags": ["setup"]}},
         {"cell_type": "code", "metadata": {"tags": ["solution"], "jupyter": {"source_hidden": True}}},
