@@ -7,8 +7,8 @@ Higher means keep. Scores are compared inside one module only. Writing your own 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +16,71 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .evaluate import check_tokens
 from .moments import Moments
-from .structure import Depth2Module, depth2_modules, weight_of
+from .reconstruct import ridge
+from .structure import Depth2Module, check_tokens, depth2_modules, weight_of
 
 
-@dataclass(frozen=True)
+class Passes(Protocol):
+    """What can measure one module: see :class:`~greedy_helpers.stream.ModulePasses`."""
+
+    def moments(self, *levels: int) -> list[Moments]: ...
+    def attention_maps(self) -> Iterator[Tensor]: ...
+    def level2_windows(self) -> Iterator[Tensor]: ...
+
+
 class Seen:
     """What the calibration tokens show about one module, measured behind the already pruned prefix.
 
+    In :func:`~greedy_helpers.pruning.prune` everything is measured when it is first read, so a criterion that asks for
+    nothing costs nothing. Moments that are known already can be handed over instead, e.g. in a notebook:
+    `Seen(level1, level2)`.
+
     Attributes:
-        level1: moments of the module's input x (read by every level-1 linear): Sigma = level1.xx / level1.n.
-        level2: moments of level 2's input z; `level2.mean_square` is E[z_j^2].
-        maps: makes an iterator over the attention maps [batch, heads, query, key]; see :meth:`attention_maps`.
-        windows: makes an iterator over level 2's inputs per window, [batch, seq, channels]; see
-            :meth:`level2_windows`.
+        level1: moments of the module's input x (read by every level-1 linear): Sigma = level1.xx / level1.n. If the
+            remedy refits level 1 they are paired with what the same linears read in the dense model.
+        level2: moments of level 2's input z, paired with the remedy's targets; `level2.mean_square` is E[z_j^2].
+        damp: the damping of the remedy's refits, as a share of the mean diagonal.
         n_keep: how many units will stay, where that is already known.
+        hidden_mean: mean of level 2's input in the dense model, float64 [channels]; with a remedy that reads it.
     """
 
-    level1: Moments
-    level2: Moments
-    maps: Callable[[], Iterator[Tensor]] | None = None
-    windows: Callable[[], Iterator[Tensor]] | None = None
-    n_keep: int | None = None
+    def __init__(
+        self,
+        level1: Moments | None = None,
+        level2: Moments | None = None,
+        *,
+        damp: float = 1e-2,
+        n_keep: int | None = None,
+        passes: Passes | None = None,
+    ) -> None:
+        self.damp, self.n_keep = damp, n_keep
+        self._level1, self._level2, self._passes = level1, level2, passes
+
+    @property
+    def level1(self) -> Moments:
+        if self._level1 is None:
+            passes = self._need("moments of level 1")
+            if self._level2 is None:  # level 2's are needed too in the end, and one pass gives both
+                self._level1, self._level2 = passes.moments(1, 2)
+            else:
+                (self._level1,) = passes.moments(1)
+        return self._level1
+
+    @property
+    def level2(self) -> Moments:
+        if self._level2 is None:
+            (self._level2,) = self._need("moments of level 2").moments(2)
+        return self._level2
+
+    def only_level1(self) -> Moments:
+        """Level 1's moments from a pass that stops there: level 1 is about to change, and with it level 2's input."""
+        (self._level1,), self._level2 = self._need("moments of level 1").moments(1), None
+        return self._level1
+
+    @property
+    def hidden_mean(self) -> Tensor:
+        return self._need("the dense model's means").hidden_mean()
 
     def attention_maps(self) -> Iterator[Tensor]:
         """Softmax maps [batch, heads, query, key], one batch at a time: one more pass over the block.
@@ -46,17 +88,17 @@ class Seen:
         Raises:
             ValueError: nothing to replay, or an attention implementation that computes no maps.
         """
-        if self.maps is None:
-            raise ValueError(
-                f"{self.level1.name}: this criterion needs attention maps; run it through prune or scores_of"
-            )
-        return self.maps()
+        return self._need("attention maps").attention_maps()
 
     def level2_windows(self) -> Iterator[Tensor]:
         """Level 2's inputs z [batch, seq, channels], one batch at a time: one more pass over the block."""
-        if self.windows is None:
-            raise ValueError(f"{self.level2.name}: this criterion needs windows; run it through prune or scores_of")
-        return self.windows()
+        return self._need("windows").level2_windows()
+
+    def _need(self, what: str) -> Passes:
+        if self._passes is None:
+            name = next((m.name for m in (self._level1, self._level2) if m is not None), "module")
+            raise ValueError(f"{name}: this criterion needs {what}; run it through prune or scores_of")
+        return self._passes
 
 
 Criterion = Callable[[Depth2Module, Seen], Tensor]
@@ -233,35 +275,29 @@ def _published_variance(seen: Seen) -> Tensor:
     return fluctuation
 
 
-def by_kind(attention: Criterion, ffn: Criterion) -> Criterion:
+def by_kind(
+    module: Depth2Module, seen: Seen, attention: Criterion = output_energy, ffn: Criterion = output_energy
+) -> Tensor:
     """One criterion for heads, another for FFN channels."""
-
-    def criterion(module: Depth2Module, seen: Seen) -> Tensor:
-        return (attention if module.kind == "attention" else ffn)(module, seen)
-
-    names = [getattr(part, "__name__", repr(part)) for part in (attention, ffn)]
-    criterion.__name__ = f"heads: {names[0]}, channels: {names[1]}"
-    return criterion
+    return (attention if module.kind == "attention" else ffn)(module, seen)
 
 
 @torch.no_grad()
-def obs_cost(module: Depth2Module, seen: Seen, damp: float = 1e-2) -> Tensor:
+def obs_cost(module: Depth2Module, seen: Seen) -> Tensor:
     """What removing one unit costs *after* all others were refitted: the optimal brain surgeon's exact price.
 
-    tr(B_u ([H^-1]_uu)^-1 B_u') / n with H = Z'Z + damp * mean diagonal * I: the increase of ||Y - Z B'||^2 per token
-    when unit u goes and level 2 is solved again. A unit that others can imitate is cheap however loud it is. Exact for
-    one unit at a time; two cheap twins cannot both go (see exact greedy search). Float64 [n_units].
+    tr(B_u ([H^-1]_uu)^-1 B_u') / n with H = Z'Z + damp * mean diagonal * I (about the mean if level 2 has a bias, which
+    the refit solves too): the increase of ||Y - Z B'||^2 per token when unit u goes and level 2 is solved again. A unit
+    that others can imitate is cheap however loud it is. Exact for one unit at a time; two cheap twins cannot both go
+    (see exact greedy search). Float64 [n_units].
 
     Raises:
         ValueError: damp <= 0 with fewer tokens than channels (H is singular).
     """
-    h = seen.level2.xx
-    if damp <= 0 and seen.level2.n < len(h):
-        raise ValueError(f"{seen.level2.name}: {seen.level2.n} tokens for {len(h)} channels; expected damp > 0")
-    h = h + damp * h.diagonal().mean() * torch.eye(len(h)).to(h)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    weight = weight_of(module.level2.linear).to(h)
-    return removal_costs(inverse, weight.T, module.level2.index.to(h.device)) / seen.level2.n
+    linear = module.level2.linear
+    system = ridge(seen.level2, seen.damp, centred=linear.bias is not None)
+    solution = weight_of(linear).to(system.h).T
+    return removal_costs(system.inverse(), solution, module.level2.index.to(system.h.device)) / seen.level2.n
 
 
 def removal_costs(inverse: Tensor, solution: Tensor, index: Tensor) -> Tensor:
@@ -271,12 +307,24 @@ def removal_costs(inverse: Tensor, solution: Tensor, index: Tensor) -> Tensor:
         inverse: [n, n], H^-1; solution: [n, d_y], B, the minimiser on all n channels.
         index: long [n_units, width].
     """
-    blocks = inverse[index[:, :, None], index[:, None, :]]  # [n_units, width, width]
-    b = solution[index]  # [n_units, width, d_y]
-    return (torch.linalg.solve(blocks, b) * b).sum((1, 2))
+    if index.shape[1] == 1:
+        channels = index[:, 0]
+        return solution[channels].square().sum(1) / inverse.diagonal()[channels]
+    return weighted_square(inverse[index[:, :, None], index[:, None, :]], solution[index])
 
 
-def taylor(model: PreTrainedModel, tokens: Tensor, kind: str = "element1", batch_size: int = 1) -> Criterion:
+def weighted_square(blocks: Tensor, b: Tensor) -> Tensor:
+    """tr(B_u' S_u^-1 B_u) for positive definite S [units, width, width] and B [units, width, d_y]: [units].
+
+    By Cholesky, as ||L^-1 B||^2. Batched LU is wrong on some processors: see tests/test_criteria.py.
+    """
+    factor = torch.linalg.cholesky(blocks)
+    return torch.linalg.solve_triangular(factor, b, upper=False).square().sum((1, 2))
+
+
+def taylor_scores(
+    model: PreTrainedModel, tokens: Tensor, kind: str = "element1", batch_size: int = 1
+) -> dict[str, Tensor]:
     """LLM-Pruner's criterion (Ma et al., arXiv 2305.11627): the first or second order change of the loss.
 
     Objective approximation: one backward pass per batch over the *dense* model, so it needs the memory of training.
@@ -296,53 +344,68 @@ def taylor(model: PreTrainedModel, tokens: Tensor, kind: str = "element1", batch
         batch_size: windows per backward pass for g; a is always taken window by window.
 
     Returns:
-        A criterion that looks its scores up by module name; the model it is used on has to have the same modules,
-        not pruned yet.
+        Module name -> scores, float64 [n_units], for :func:`fixed_scores`.
 
     Raises:
         ValueError: another kind.
     """
     if kind not in ("vector", "element1", "element2", "mix"):
-        raise ValueError(f"taylor: expected kind 'vector', 'element1', 'element2' or 'mix', found {kind!r}")
+        raise ValueError(f"taylor_scores: expected kind 'vector', 'element1', 'element2' or 'mix', found {kind!r}")
     check_tokens(model, tokens)
     modules = depth2_modules(model)
     weights = {group.path: group.linear.weight for module in modules for group in module.groups}
-    gradient = {path: torch.zeros_like(weight, dtype=torch.float64) for path, weight in weights.items()}
-    fisher = {path: torch.zeros_like(weight, dtype=torch.float64) for path, weight in weights.items()}
-    second_order = kind in ("element2", "mix")
+    first, second = kind != "element2", kind in ("element2", "mix")
+
+    def zeros(wanted: bool) -> dict[str, Tensor]:
+        wide = {path: torch.promote_types(weight.dtype, torch.float32) for path, weight in weights.items()}
+        return {path: torch.zeros_like(weight, dtype=wide[path]) for path, weight in weights.items() if wanted}
+
+    gradient, fisher = zeros(first), zeros(second)
     with torch.enable_grad():
-        for window in tokens.split(1 if second_order else batch_size):
+        for window in tokens.split(1 if second else batch_size):
             window = window.to(model.device)
             logits = model(input_ids=window, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten().long())
-            for (path, _), g in zip(weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True):
-                gradient[path] += g.double() * (len(window) / len(tokens))
-                if second_order:
-                    fisher[path] += g.double().square() / len(tokens)
+            for path, g in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                if first:
+                    gradient[path].add_(g, alpha=len(window) / len(tokens))
+                if second:
+                    fisher[path].addcmul_(g.to(fisher[path]), g.to(fisher[path]), value=1 / len(tokens))
     scores = {}
     for module in modules:
-        total = torch.zeros(module.n_units, dtype=torch.float64, device=model.device)
+        scores[module.name] = torch.zeros(module.n_units, dtype=torch.float64, device=model.device)
         for group in module.groups:
-            w, g, a = weights[group.path].detach().double(), gradient[group.path], fisher[group.path]
-            change = {"element2": w.square() * a, "mix": (w * g - w.square() * a / 2).abs()}.get(kind, w * g)
+            w, path = group.linear.weight.detach().double(), group.path
+            change = torch.zeros_like(w) if kind == "element2" else w * gradient[path].double()
+            if second:
+                curvature = w.square() * fisher[path].double()
+                change = curvature if kind == "element2" else (change - curvature / 2).abs()
             if isinstance(group.linear, Conv1D):
                 change = change.t()
             over = 1 if group.side == "out" else 0
             channels = change.sum(over).abs() if kind == "vector" else change.abs().sum(over)
-            total += channels[group.index.to(channels.device)].sum(1)
-        scores[module.name] = total
+            scores[module.name] += channels[group.index.to(channels.device)].sum(1)
+    return scores
 
-    def criterion(module: Depth2Module, seen: Seen | None = None) -> Tensor:
-        found = scores.get(module.name)
-        if found is None or len(found) != module.n_units:
-            raise ValueError(
-                f"{module.name}: Taylor scores were taken for {0 if found is None else len(found)} units, "
-                f"found {module.n_units}; take them on the model as it is"
-            )
-        return found
 
-    criterion.__name__ = f"taylor_{kind}"
-    return criterion
+def fixed_scores(module: Depth2Module, seen: Seen | None = None, *, scores: Mapping[str, Tensor]) -> Tensor:
+    """Scores that are known already, by module name: `partial(fixed_scores, scores=...)`.
+
+    For methods that score the dense model once (FLAP, LLM-Pruner: :func:`taylor_scores`), and for scores from other
+    text than the refit's (:func:`~greedy_helpers.pruning.scores_of`).
+
+    Raises:
+        KeyError: a module without scores.
+        ValueError: scores for another number of units.
+    """
+    if module.name not in scores:
+        raise KeyError(f"{module.name}: no scores; there are some for {', '.join(list(scores)[:3])}, ...")
+    if len(scores[module.name]) != module.n_units:
+        raise ValueError(
+            f"{module.name}: the scores are for {len(scores[module.name])} units, found {module.n_units}; take "
+            "them on the model as it is"
+        )
+    return scores[module.name]
 
 
 def random_scores(module: Depth2Module, seen: Seen | None = None, seed: int = 0) -> Tensor:

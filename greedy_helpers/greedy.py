@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .criteria import Criterion, Seen, removal_costs
+from .criteria import Seen, weighted_square, removal_costs
 from .reconstruct import normal_equations
 from .structure import Depth2Module, weight_of
 
@@ -46,6 +46,7 @@ def eliminate(
     block: int = 32,
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-6,
+    inverse: Tensor | None = None,
 ) -> Elimination:
     """Remove units one at a time, always the one that costs least, until `n_keep` are left.
 
@@ -64,6 +65,7 @@ def eliminate(
         n_keep: how many units to leave; 1 gives the whole path.
         dtype: of the computation. float32 is faster on GPUs; it is re-factorised when it drifts.
         tolerance: relative residual of the downdated inverse that causes a new factorisation (times 1e3 for float32).
+        inverse: [n, n], H^-1 where it is known already; it is overwritten.
 
     Raises:
         ValueError: n_keep outside [1, n_units].
@@ -72,7 +74,8 @@ def eliminate(
     n_units, width = index.shape
     if not 1 <= n_keep <= n_units:
         raise ValueError(f"eliminate: expected to keep between 1 and {n_units} units, found {n_keep}")
-    state = _State(h.to(dtype), solution.to(dtype), tolerance * (1e3 if dtype == torch.float32 else 1))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.to(dtype))) if inverse is None else inverse.to(dtype)
+    state = _State(h, inverse, solution, tolerance * (1e3 if dtype == torch.float32 else 1))
     step = _single_channels if width == 1 else _one_unit
     left = index.to(h.device)
     units = torch.arange(n_units, device=h.device)
@@ -86,6 +89,7 @@ def eliminate(
         stays[gone] = False
         state.drop(places[gone].flatten())
         units, left = units[stays], left[stays]
+    state.compact()
     empty = torch.empty(0, dtype=torch.float64)
     return Elimination(
         torch.cat(order).cpu() if order else empty.long(),
@@ -97,37 +101,51 @@ def eliminate(
 
 
 class _State:
-    """H^-1 and the solution on the channels that are left, moved along with every block of removals."""
+    """H^-1 and the solution on the channels that are left, moved along with every block of removals.
 
-    def __init__(self, h: Tensor, solution: Tensor, tolerance: float) -> None:
-        self.h, self.tolerance = h, tolerance
-        self.channels = torch.arange(len(h), device=h.device)  # those that are left
-        self.rest = h @ solution  # H B: what the solution solves, whatever subset of channels is left
-        self.solution = solution
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    Rows and columns of channels that went are zero until :meth:`compact` takes them out, which copies the matrices and
+    so is done now and then only.
+    """
+
+    def __init__(self, h: Tensor, inverse: Tensor, solution: Tensor, tolerance: float) -> None:
+        self.h, self.inverse, self.tolerance = h, inverse, tolerance
+        self.full = solution  # on all channels
+        self.solution = solution.to(inverse.dtype, copy=True)
+        self.channels = torch.arange(len(h), device=h.device)  # those of the matrices
+        self.alive = torch.ones(len(h), dtype=torch.bool, device=h.device)  # among them: those that are left
         self.probe = torch.randn(len(h), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(h)
         self.refactorised = 0
 
     def places(self, index: Tensor) -> Tensor:
-        """Where the channels of `index` are among those that are left."""
+        """Where the channels of `index` are in the matrices."""
         place = torch.full((len(self.h),), -1, dtype=torch.long, device=self.h.device)
         place[self.channels] = torch.arange(len(self.channels), device=self.h.device)
         return place[index]
 
     def drop(self, places: Tensor) -> None:
         """Take channels, whose influence is already removed, out of the matrices; check what is left for drift."""
-        stays = torch.ones(len(self.channels), dtype=torch.bool, device=self.h.device)
-        stays[places] = False
-        self.channels = self.channels[stays]
-        self.inverse, self.solution = self.inverse[stays][:, stays], self.solution[stays]
-        part = self.h[self.channels][:, self.channels]
-        probe = self.probe[self.channels]
-        drift = (part @ (self.inverse @ probe) - probe).norm() / probe.norm()
+        self.alive[places] = False
+        self.inverse[places], self.inverse[:, places], self.solution[places] = 0, 0, 0
+        if 8 * int(self.alive.sum()) < 7 * len(self.alive):
+            self.compact()
+        left, probe = self.channels[self.alive], torch.zeros_like(self.probe)
+        probe[left] = self.probe[left]
+        back = torch.zeros_like(probe)
+        back[self.channels] = (self.inverse @ probe[self.channels].to(self.inverse)).to(back)
+        drift = ((self.h @ back)[left] - probe[left]).norm() / probe.norm()
         if not drift <= self.tolerance:
-            factor = torch.linalg.cholesky(part)
+            self.compact()
+            factor = torch.linalg.cholesky(self.h[left][:, left].to(self.inverse))
             self.inverse = torch.cholesky_inverse(factor)
-            self.solution = torch.cholesky_solve(self.rest[self.channels], factor)
+            rest = self.h[left] @ self.full  # H B: what B solves, whatever subset of channels is left
+            self.solution = torch.cholesky_solve(rest.to(factor), factor)
             self.refactorised += 1
+
+    def compact(self) -> None:
+        """Give the memory of what went back."""
+        stays, self.channels = self.alive, self.channels[self.alive]
+        self.inverse, self.solution = self.inverse[stays][:, stays], self.solution[stays]
+        self.alive = torch.ones(len(self.channels), dtype=torch.bool, device=self.h.device)
 
 
 def _one_unit(state: _State, places: Tensor, _most: int) -> tuple[Tensor, Tensor]:
@@ -136,9 +154,10 @@ def _one_unit(state: _State, places: Tensor, _most: int) -> tuple[Tensor, Tensor
     gone = costs.argmin()
     g = places[gone]
     columns = state.inverse[:, g]  # [n, width]
-    move = torch.linalg.solve(state.inverse[g][:, g], columns.T)  # ([H^-1]_gg)^-1 H^-1_g:
-    state.solution = state.solution - move.T @ state.solution[g]
-    state.inverse = state.inverse - columns @ move
+    # never a batched LU: on some processors it is wrong for wide blocks, and these are positive definite anyway
+    move = torch.cholesky_solve(columns.T, torch.linalg.cholesky(state.inverse[g][:, g]))  # ([H^-1]_gg)^-1 H^-1_g:
+    state.solution.addmm_(move.T, state.solution[g], alpha=-1)
+    state.inverse.addmm_(columns, move, alpha=-1)
     return gone[None], costs[gone][None]
 
 
@@ -152,11 +171,11 @@ def _single_channels(state: _State, places: Tensor, most: int) -> tuple[Tensor, 
     c = torch.zeros(most, b.shape[1], dtype=p.dtype, device=p.device)
     pivots, sizes = p.diagonal().clone(), b.square().sum(1)  # [H^-1]_jj and ||B_j||^2, kept up to date
     floor = torch.finfo(p.dtype).tiny
-    open_ = torch.zeros_like(pivots, dtype=torch.bool)
-    open_[places] = True
+    candidate = torch.zeros_like(pivots, dtype=torch.bool)
+    candidate[places] = True
     gone, costs = [], []
     for k in range(most):
-        price = torch.where(open_, sizes.clamp(min=0) / pivots.clamp(min=floor), torch.inf)
+        price = torch.where(candidate, sizes.clamp(min=0) / pivots.clamp(min=floor), torch.inf)
         j = price.argmin(keepdim=True)  # [1], never a number: on a GPU nothing waits for the CPU
         root, row = pivots[j].clamp(min=floor).sqrt(), u[j, :k][0]
         u_k = (p[:, j][:, 0] - u[:, :k] @ row) / root
@@ -164,11 +183,11 @@ def _single_channels(state: _State, places: Tensor, most: int) -> tuple[Tensor, 
         sizes = sizes - 2 * u_k * (b @ c_k - u[:, :k] @ (c[:k] @ c_k)) + u_k.square() * c_k.square().sum()
         pivots = pivots - u_k.square()
         u[:, k], c[k] = u_k, c_k
-        open_.index_fill_(0, j, False)
+        candidate.index_fill_(0, j, False)
         gone.append(j)
         costs.append(price[j])
-    state.inverse = p - u @ u.T
-    state.solution = b - u @ c
+    state.inverse.addmm_(u, u.T, alpha=-1)
+    state.solution.addmm_(u, c, alpha=-1)
     place_to_unit = torch.full((len(p),), -1, dtype=torch.long, device=p.device)
     place_to_unit[places] = torch.arange(len(places), device=p.device)
     return place_to_unit[torch.cat(gone)], torch.cat(costs)
@@ -221,7 +240,7 @@ def _gains(h: Tensor, rest: Tensor, index: Tensor, inside: Tensor, outside: Tens
         h[r[:, :, None], r[:, None, :]]
         - across @ torch.cholesky_solve(across.flatten(0, 1).T, factor).T.view_as(across).mT
     )
-    return (torch.linalg.solve(schur, q) * q).sum((1, 2))
+    return weighted_square(schur, q)
 
 
 def _survivor_costs(h: Tensor, rest: Tensor, index: Tensor) -> Tensor:
@@ -232,44 +251,53 @@ def _survivor_costs(h: Tensor, rest: Tensor, index: Tensor) -> Tensor:
     return removal_costs(inverse, b, torch.arange(len(s), device=h.device).view(index.shape))
 
 
+@torch.no_grad()
 def exact_greedy(
-    damp: float = 1e-2, *, swaps: int = 0, whole_path: bool = False, dtype: torch.dtype = torch.float64
-) -> Criterion:
-    """The exact greedy selection as a criterion for :func:`~greedy_helpers.prune.prune`.
+    module: Depth2Module,
+    seen: Seen,
+    *,
+    swaps: int = 0,
+    whole_path: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The exact greedy selection as a criterion: float64 [n_units].
 
     A unit's score is the rise of the squared output error per token when everything up to it has been removed and the
     rest refitted: early losses score low. Survivors share the highest scores, in the order of what removing each of
-    them alone would cost next. Combine it with `refit="post"` or `"both"`, which does the refit it counts on.
+    them alone would cost next. Combine it with a remedy that refits after the cut, which is what it counts on.
 
-    The targets are those of the refit (`target=`); without any (in :func:`~greedy_helpers.prune.scores_of`) they are
-    the module's own outputs.
+    Damping and targets are those of the remedy (`seen.damp`, and what `seen.level2` is paired with); without targets
+    (in :func:`~greedy_helpers.pruning.scores_of`) they are the module's own outputs.
 
     Args:
-        damp: as in :func:`~greedy_helpers.reconstruct.solve`; give both the same.
         swaps: at most so many trades of :func:`swap` behind the elimination.
         whole_path: eliminate down to the last unit even if fewer have to go; for plans over the whole model, which
             compare the costs of all modules (:func:`~greedy_helpers.allocation.cost_plan`).
         dtype: see :func:`eliminate`.
+
+    Raises:
+        ValueError: damping 0 with fewer tokens than channels.
+        torch.linalg.LinAlgError: damping 0 with channels that are never on, or that equal each other.
     """
-
-    def criterion(module: Depth2Module, seen: Seen) -> Tensor:
-        linear, moments = module.level2.linear, seen.level2
-        h, rest, _ = normal_equations(moments, weight_of(linear), linear.bias, damp)
-        w0 = weight_of(linear).to(h)
-        solution = w0.T + torch.cholesky_solve(rest, torch.linalg.cholesky(h))
-        n_keep = 1 if whole_path or seen.n_keep is None else seen.n_keep
-        path = eliminate(h, solution, module.level2.index, n_keep, dtype=dtype)
-        keep, next_costs = path.keep, path.next_costs
-        scores = torch.zeros(module.n_units, dtype=torch.float64)
-        scores[path.order] = path.costs.clamp(min=0).cumsum(0) / moments.n
-        total = scores.max()
-        if swaps and len(path.order):
-            keep, trades = swap(h, h @ solution, module.level2.index, keep, swaps)
-            if trades:
-                scores[path.keep] = total  # those of them that went in a trade went last
-                next_costs = _survivor_costs(h, h @ solution, module.level2.index[keep].to(h.device)).cpu()
-        scores[keep] = total * (1 + 1e-9) + next_costs.clamp(min=0) / moments.n + torch.finfo(torch.float64).tiny
-        return scores
-
-    criterion.__name__ = f"exact_greedy(damp={damp:g}{f', swaps={swaps}' if swaps else ''})"
-    return criterion
+    linear, moments = module.level2.linear, seen.level2
+    system, rest = normal_equations(moments, weight_of(linear), linear.bias, seen.damp)
+    if system.factor is None:
+        raise torch.linalg.LinAlgError(
+            f"{moments.name}: the {len(system.h)} channels are not independent on the calibration tokens (one is never "
+            f"on, or two are equal); expected damp > 0, found {seen.damp:g}"
+        )
+    solution = weight_of(linear).to(system.h).T + system.solve(rest)
+    n_keep = 1 if whole_path or seen.n_keep is None else seen.n_keep
+    path = eliminate(system.h, solution, module.level2.index, n_keep, dtype=dtype, inverse=system.inverse())
+    keep, next_costs = path.keep, path.next_costs
+    scores = torch.zeros(module.n_units, dtype=torch.float64)
+    scores[path.order] = path.costs.clamp(min=0).cumsum(0) / moments.n
+    total = scores.max()
+    if swaps and len(path.order):
+        rest = system.h @ solution
+        keep, trades = swap(system.h, rest, module.level2.index, keep, swaps)
+        if trades:
+            scores[path.keep] = total  # those of them that went in a trade went last
+            next_costs = _survivor_costs(system.h, rest, module.level2.index[keep].to(rest.device)).cpu()
+    scores[keep] = total * (1 + 1e-9) + next_costs.clamp(min=0) / moments.n + torch.finfo(torch.float64).tiny
+    return scores

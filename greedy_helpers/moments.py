@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .distributed import all_sum
+from .large.distributed import all_sum
+
+_FOLD = 2**15  # tokens whose products are summed in the products' own dtype before they join the total
+_STRIP = 512  # X'X is symmetric: it is computed in strips of so many rows, from the diagonal to the right
+
+
+def _sum(name: str, meaning: str) -> property:
+    """A running sum that is complete whenever somebody reads it; None if there is none."""
+
+    def read(self: Moments) -> Tensor | None:
+        self._fold()
+        return self._total.get(name)
+
+    def write(self: Moments, value: Tensor | None) -> None:
+        self._fold()
+        self._total[name] = value
+
+    return property(read, write, doc=meaning)
 
 
 class Moments:
     """Streaming X'X, X'Y, their sums and Y's energy over all tokens seen so far (uncentred).
 
-    Products are taken in the wider of float32 and the data's dtype and summed in float64, so neither the
-    batch size nor float16 activations change the result beyond rounding. Nothing of size [tokens, d] is kept.
+    Products are taken in the wider of float32 and the data's dtype. They are summed in it over some ten thousand
+    tokens, and then in float64, so neither the batch size nor float16 activations change the result beyond rounding.
+    Nothing of size [tokens, d] is kept.
 
     On GPUs TF32 is off for products of float32 data, whatever the global setting. It is on for float16 and bfloat16
     data: their values fit into TF32's 10 bits exactly, so it only makes the same float32 sums faster.
@@ -24,72 +43,115 @@ class Moments:
         n: tokens seen.
         dtype: of the sums, and so of everything that is solved from them. float64; float32 halves the memory, and is
             many times faster on cards without float64 units, where the solution needs no better than 1e-3 or so.
-        xx: [d_x, d_x], sum of x x'.
-        x: [d_x], sum of x.
-        xy, y, yy: [d_x, d_y], [d_y] and a scalar: sums of x y', y and ||y||^2; None without targets.
+        solved: what has been computed from the sums so far, such as a factorisation; emptied by :meth:`update`.
     """
+
+    xx = _sum("xx", "[d_x, d_x], sum of x x'.")
+    x = _sum("x", "[d_x], sum of x.")
+    xy = _sum("xy", "[d_x, d_y], sum of x y'; None without targets.")
+    y = _sum("y", "[d_y], sum of y; None without targets.")
+    yy = _sum("yy", "A scalar, sum of ||y||^2; None without targets.")
 
     def __init__(self, name: str = "input", dtype: torch.dtype = torch.float64) -> None:
         self.name, self.n, self.dtype = name, 0, dtype
-        self.xx = self.xy = self.x = self.y = self.yy = None
+        self.solved: dict[Hashable, Any] = {}
+        self._total: dict[str, Tensor | None] = {}
+        self._recent: dict[str, Tensor] = {}
+        self._n_recent = 0
 
     @torch.no_grad()  # else sums of what trainable weights made would keep all of it
     def update(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add tokens: x [tokens, d_x] and, if they have targets, y [tokens, d_y] (moved to x's device).
-
-        Raises:
-            FloatingPointError: x or y holds NaN or Inf; the layer is named.
-        """
+        """Add tokens: x [tokens, d_x] and, if they have targets, y [tokens, d_y] (moved to x's device)."""
+        self.solved.clear()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         half = x.dtype.itemsize == 2
         x = x.to(dtype)
         with _tf32(x.device, allowed=half):
-            parts = {"xx": x.T @ x, "x": x.sum(0)}
-        # One NaN or Inf anywhere in x or y reaches the squares, so two small checks replace two large ones.
-        if not parts["xx"].diagonal().isfinite().all():
-            raise FloatingPointError(f"{self.name}: NaN or Inf in the activations after {self.n} tokens")
+            self._add_gram(x)
+        self._add("x", x.sum(0))
         if y is not None:
             half = half and y.dtype.itemsize == 2
             y = y.to(x.device, dtype, non_blocking=True)
             with _tf32(x.device, allowed=half):
-                parts |= {"xy": x.T @ y, "y": y.sum(0), "yy": y.square().sum()}
-            if not parts["yy"].isfinite():
-                raise FloatingPointError(f"{self.name}: NaN or Inf in the target outputs after {self.n} tokens")
+                self._add_product("xy", x, y)
+            self._add("y", y.sum(0))
+            self._add("yy", torch.linalg.vector_norm(y).square())
         self.n += len(x)
-        for key, part in parts.items():
-            total = getattr(self, key)
-            setattr(self, key, (part if total is None else total + part).to(self.dtype))
+        self._n_recent += len(x)
+        if self._n_recent >= _FOLD:
+            self._fold()
+
+    def _add(self, key: str, part: Tensor) -> None:
+        self._recent[key] = part if key not in self._recent else self._recent[key].add_(part)
+
+    def _add_product(self, key: str, x: Tensor, y: Tensor) -> None:
+        if key in self._recent:
+            self._recent[key].addmm_(x.T, y)
+        else:
+            self._recent[key] = x.T @ y
+
+    def _add_gram(self, x: Tensor) -> None:
+        """X'X right of the diagonal; :meth:`_fold` mirrors it."""
+        if "xx" not in self._recent:
+            self._recent["xx"] = x.new_zeros(x.shape[1], x.shape[1])
+        for start in range(0, x.shape[1], _STRIP):
+            strip = slice(start, start + _STRIP)
+            self._recent["xx"][strip, start:].addmm_(x[:, strip].T, x[:, start:])
+
+    def _fold(self) -> None:
+        """Let the recent sums join the total.
+
+        Raises:
+            FloatingPointError: NaN or Inf in x or y; the layer is named.
+        """
+        if not self._n_recent:
+            return
+        recent, self._recent, self._n_recent = self._recent, {}, 0
+        # One NaN or Inf anywhere in x or y reaches the squares, so two small checks replace two large ones.
+        for key, squares in (("activations", recent["xx"].diagonal()), ("target outputs", recent.get("yy"))):
+            if squares is not None and not squares.isfinite().all():
+                raise FloatingPointError(f"{self.name}: NaN or Inf in the {key}")
+        for start in range(0, len(recent["xx"]), _STRIP):
+            end = start + _STRIP
+            recent["xx"][end:, start:end] = recent["xx"][start:end, end:].T
+            corner = recent["xx"][start:end, start:end]
+            corner.copy_((corner + corner.T) / 2)
+        for key, part in recent.items():
+            total = self._total.get(key)
+            # not in place: moments made from these (select, aim_at) share sums with them
+            self._total[key] = part.to(self.dtype) if total is None else total + part
 
     def reduce(self) -> None:
         """Under `torch.distributed`: the sums over all processes, in every process. Alone: nothing."""
         count = self.xx.new_tensor(self.n, dtype=torch.float64)
-        all_sum(count, *(total for total in (self.xx, self.x, self.xy, self.y, self.yy) if total is not None))
+        all_sum(count, *(total for total in self._total.values() if total is not None))
         self.n = int(count)
 
+    def _with(self, **sums: Tensor | None) -> Moments:
+        """The same tokens with other sums."""
+        other = Moments(self.name, self.dtype)
+        other.n, other._total = self.n, sums
+        return other
+
     def select(self, channels: Tensor) -> Moments:
-        """The moments of some of x's channels (long [k]): what a new pass over the cut module would find."""
-        found = Moments(self.name, self.dtype)
+        """The moments of some of x's channels (long [k]): what a new pass over the cut module would collect."""
         channels = channels.to(self.xx.device)
-        found.n, found.y, found.yy = self.n, self.y, self.yy
-        found.xx, found.x = self.xx[channels][:, channels], self.x[channels]
-        found.xy = None if self.xy is None else self.xy[channels]
-        return found
+        xy = None if self.xy is None else self.xy[channels]
+        return self._with(xx=self.xx[channels][:, channels], x=self.x[channels], xy=xy, y=self.y, yy=self.yy)
 
     def aim_at(self, weight: Tensor, bias: Tensor | None = None) -> Moments:
         """The same inputs with a layer's own outputs as targets: `weight` [d_y, d_x] and `bias` [d_y], no data needed.
 
         X'Y = X'X W' + X'1 b': what a layer puts out is known from what it reads.
         """
-        found = Moments(self.name, self.dtype)
         w = weight.to(self.xx)
-        found.n, found.xx, found.x = self.n, self.xx, self.x
-        found.xy, found.y = self.xx @ w.T, w @ self.x
-        found.yy = (w * found.xy.T).sum()
+        xy, y = self.xx @ w.T, w @ self.x
+        yy = (w * xy.T).sum()
         if bias is not None:
             b = bias.to(self.xx)
-            found.yy = found.yy + 2 * b @ found.y + self.n * b.square().sum()
-            found.xy, found.y = found.xy + torch.outer(self.x, b), found.y + self.n * b
-        return found
+            yy = yy + 2 * b @ y + self.n * b.square().sum()
+            xy, y = xy + torch.outer(self.x, b), y + self.n * b
+        return self._with(xx=self.xx, x=self.x, xy=xy, y=y, yy=yy)
 
     @property
     def mean_square(self) -> Tensor:
@@ -103,11 +165,11 @@ class Moments:
 
     def relative_error(self, weight: Tensor, bias: Tensor | None = None) -> float:
         """||Y - X W' - b||^2 / ||Y||^2 of a layer with `weight` [d_y, d_x] and `bias` [d_y], from the moments alone."""
-        weight = weight.to(self.xx)
-        error = self.yy + torch.trace(weight @ self.xx @ weight.T) - 2 * (weight.T * self.xy).sum()
+        w = weight.to(self.xx)
+        error = self.yy + ((w @ self.xx - 2 * self.xy.T) * w).sum()
         if bias is not None:
             bias = bias.to(self.xx)
-            error = error + self.n * bias.square().sum() + 2 * bias @ (weight @ self.x) - 2 * bias @ self.y
+            error = error + self.n * bias.square().sum() + 2 * bias @ (w @ self.x) - 2 * bias @ self.y
         return max(0.0, (error / self.yy).item()) if self.yy > 0 else 0.0
 
 

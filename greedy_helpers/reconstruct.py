@@ -36,24 +36,116 @@ class Solution:
     method: str
 
 
+class Ridge:
+    """H = X'X + lam I, factorised once for everything that is solved with it.
+
+    The factorisation is Cholesky's, which does not care how the features are scaled: a channel that is a hundred times
+    as loud as the rest costs the others no digit, in float32 either. Where rounding leaves a pivot that vanishes beside
+    its own diagonal entry (equal features, no damping), the eigenvectors are taken instead, of H scaled to a unit
+    diagonal; then directions that the data do not determine are left out.
+
+    Attributes:
+        h: [d, d]; with `centred` X'X is taken about the mean. lam: `damp` times its mean diagonal.
+        factor: H = L L', lower [d, d]; None where the eigenvectors serve.
+        rank: of X'X. condition: of H. Both are bounds with Cholesky, see :class:`Solution`.
+    """
+
+    def __init__(self, moments: Moments, damp: float, centred: bool) -> None:
+        self.h = h = moments.xx.clone()
+        if centred:
+            h.addr_(moments.x, moments.x, alpha=-1 / moments.n)
+        self.features = int((moments.xx.diagonal() > 0).sum())
+        self.rank = min(self.features, moments.n - centred)
+        self.lam = (damp * h.diagonal().mean()).item()
+        h.diagonal().add_(self.lam)
+        factor, failed = torch.linalg.cholesky_ex(h)
+        small = torch.finfo(h.dtype).eps * len(h) * h.diagonal()
+        self.factor = None if failed or (factor.diagonal().square() <= small).any() else factor
+        if self.factor is None:
+            self._scale = torch.where(h.diagonal() > 0, h.diagonal(), 1).rsqrt()  # of a channel that is never on: 1
+            values, vectors = torch.linalg.eigh(h * self._scale * self._scale[:, None])
+            known = values > torch.finfo(h.dtype).eps * len(h) * values[-1]
+            self._values, self._vectors = values[known], vectors[:, known]
+            self.rank = min(self.rank, int(known.sum())) if damp == 0 else self.rank
+
+    @property
+    def method(self) -> str:
+        return "eigen" if self.factor is None else "cholesky"
+
+    def solve(self, rest: Tensor) -> Tensor:
+        """H^-1 R for R [d, d_y]; zero where R is."""
+        if self.factor is not None:
+            return torch.cholesky_solve(rest, self.factor)
+        scale, vectors = self._scale[:, None], self._vectors
+        return scale * (vectors @ ((vectors.T @ (scale * rest)) / self._values[:, None]))
+
+    def inverse(self) -> Tensor:
+        """H^-1, or its pseudo-inverse: [d, d]."""
+        return self.solve(torch.eye(len(self.h)).to(self.h)) if self.factor is None else torch.cholesky_inverse(self.factor)
+
+    def condition(self, iterations: int = 4) -> float:
+        """Power iterations on H and on H^-1: a lower bound, usually within some percent."""
+        start = torch.randn(len(self.h), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.h)
+        sizes = []
+        for apply in (self.h.matmul, self.solve):
+            v = start / start.norm()
+            for _ in range(iterations):
+                v = apply(v)
+                size = v.norm()
+                v = v / size
+            sizes.append(size)
+        return max(1.0, (sizes[0] * sizes[1]).item())
+
+
+def ridge(moments: Moments, damp: float, centred: bool) -> Ridge:
+    """The factorised H of these moments; made once, and kept with them.
+
+    Raises:
+        ValueError: damp < 0, or damp = 0 with fewer tokens than features.
+    """
+    d_x = len(moments.xx)
+    if damp < 0:
+        raise ValueError(f"{moments.name}: expected damp >= 0, found {damp}")
+    if moments.n < d_x + centred and damp == 0:
+        raise ValueError(
+            f"{moments.name}: {moments.n} calibration tokens for {d_x} input features; expected at least as many "
+            "tokens as features, or damp > 0"
+        )
+    key = ("ridge", damp, centred)
+    if key not in moments.solved:
+        moments.solved[key] = Ridge(moments, damp, centred)
+    return moments.solved[key]
+
+
 def normal_equations(
-    moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float = 1e-2
-) -> tuple[Tensor, Tensor, float]:
-    """(H, R, lam) with H = X'X + lam I and R = X'(Y - X W0'): the ridge solution is W0 + (H^-1 R)'. Float64.
+    moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float = 1e-2, *, through: bool = False
+) -> tuple[Ridge, Tensor]:
+    """(H, R) with H = X'X + lam I and R = X'(Y - X W0'): the ridge solution is W0 + (H^-1 R)'.
 
     Without targets in `moments` they are the layer's own outputs, so R = 0. With a bias the moments are centred.
+    `through`: see :func:`solve`.
+
+    Raises:
+        ValueError: see :func:`ridge`.
     """
-    w0 = weight.to(moments.xx)
-    xx, xy = moments.xx, moments.xy
+    system = ridge(moments, damp, bias is not None)
+    w = weight.to(moments.xx).T
+    if moments.xy is None:
+        return system, torch.zeros_like(w)
+    if through:
+        rest = moments.xy - moments.xx
+        if bias is not None:
+            rest.addr_(moments.x, moments.y - moments.x, alpha=-1 / moments.n)
+        return system, rest @ w
+    rest = torch.addmm(moments.xy, moments.xx, w, alpha=-1)
     if bias is not None:
-        xx = xx - torch.outer(moments.x, moments.x) / moments.n
-        xy = None if xy is None else xy - torch.outer(moments.x, moments.y) / moments.n
-    lam = (damp * xx.diagonal().mean()).item()
-    rest = torch.zeros_like(w0.T) if xy is None else xy - xx @ w0.T
-    return xx + lam * torch.eye(len(xx)).to(xx), rest, lam
+        rest.addr_(moments.x, moments.y - moments.x @ w, alpha=-1 / moments.n)
+    return system, rest
 
 
-def solve(moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float = 1e-2) -> Solution:
+def solve(
+    moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float = 1e-2, *, through: bool = False
+) -> Solution:
     """The weight [d_y, d_x] and bias [d_y] nearest to the targets, from the moments alone.
 
     Minimises ||Y - X W' - b||^2 + lam ||W - W0||^2 with W0 the current `weight` and lam = `damp` times the mean
@@ -63,92 +155,52 @@ def solve(moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: fl
 
     At W0 the penalty is zero, so the error on the calibration tokens can only go down.
 
-    The factorisation is Cholesky's. Where rounding leaves it without positive pivots (equal features, no damping) the
-    eigenvectors are taken instead, and directions that the data do not determine keep the current weight.
+    Args:
+        through: the moments' y is not the target but another input of the same layer (the dense model's), and the
+            targets are what the layer, as it is now, makes of it: X'Y = (X'y) W0', so no output is ever computed.
 
     Raises:
         ValueError: damp < 0, or damp = 0 with fewer tokens than features.
         FloatingPointError: the solution holds NaN or Inf.
     """
-    d_x = moments.xx.shape[0]
-    if damp < 0:
-        raise ValueError(f"{moments.name}: expected damp >= 0, found {damp}")
+    d_x = len(moments.xx)
+    system, rest = normal_equations(moments, weight, bias, damp, through=through)
     if moments.n < d_x + (bias is not None):
-        numbers = f"{moments.name}: {moments.n} calibration tokens for {d_x} input features"
-        if damp == 0:
-            raise ValueError(f"{numbers}; expected at least as many tokens as features, or damp > 0")
-        warnings.warn(f"{numbers}: the refit is determined by the damping ({damp}) as much as by data", stacklevel=3)
-    h, rest, lam = normal_equations(moments, weight, bias, damp)
-    features = int((moments.xx.diagonal() > 0).sum())
-    rank, condition, method = min(features, moments.n - (bias is not None)), 1.0, "cholesky"
-    step = torch.zeros_like(rest)
-    if features:  # an input that is always zero teaches nothing
-        factor, failed = torch.linalg.cholesky_ex(h)
-        # Whether a singular matrix fails to factor is a matter of rounding; a vanishing pivot shows it anyway.
-        if failed or factor.diagonal().min() ** 2 <= torch.finfo(h.dtype).eps * d_x * h.diagonal().max():
-            method = "eigen"
-            step, rank, condition = _solve_by_eigenvectors(h, rest, lam)
-        else:
-            step, condition = torch.cholesky_solve(rest, factor), _condition(h, factor)
-    new = weight.to(h) + step.T
+        warnings.warn(
+            f"{moments.name}: {moments.n} calibration tokens for {d_x} input features: the refit is determined by the "
+            f"damping ({damp}) as much as by data",
+            stacklevel=3,
+        )
+    new, condition = weight.to(system.h), 1.0
+    new_bias = None
+    if system.features:  # an input that is always zero teaches nothing
+        new, condition = new + system.solve(rest).T, system.condition()
     if not new.isfinite().all():
         raise FloatingPointError(f"{moments.name}: the least-squares solution holds NaN or Inf (damp={damp})")
-    new_bias = None if bias is None else (moments.y - new @ moments.x) / moments.n
-    return Solution(new, new_bias, lam, moments.n, features, rank, condition, method)
+    if bias is not None:
+        aim = weight.to(new) @ moments.y + moments.n * bias.to(new) if through else moments.y
+        new_bias = (aim - new @ moments.x) / moments.n
+    return Solution(new, new_bias, system.lam, moments.n, system.features, system.rank, condition, system.method)
 
 
-def _solve_by_eigenvectors(h: Tensor, rest: Tensor, lam: float) -> tuple[Tensor, int, float]:
-    """H^+ R over the directions that stand out from rounding, their number, and the condition number over them."""
-    values, vectors = torch.linalg.eigh(h)
-    known = values > torch.finfo(h.dtype).eps * len(h) * values[-1]
-    values, vectors = values[known], vectors[:, known]
-    rank = int((values - lam > torch.finfo(h.dtype).eps * len(h) * values[-1]).sum())
-    return vectors @ ((vectors.T @ rest) / values[:, None]), rank, (values[-1] / values[0]).item()
-
-
-def _condition(h: Tensor, factor: Tensor, iterations: int = 8) -> float:
-    """Power iterations on H and, through its factor, on H^-1: a lower bound, usually within a few percent."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(h), 1, generator=generator, dtype=torch.float64).to(h)
-    sizes = []
-    for apply in (lambda v: h @ v, lambda v: torch.cholesky_solve(v, factor)):
-        v = start / start.norm()
-        for _ in range(iterations):
-            v = apply(v)
-            size = v.norm()
-            v = v / size
-        sizes.append(size.item())
-    return max(1.0, sizes[0] * sizes[1])
-
-
-def least_squares(
-    moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float = 1e-2
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of :func:`solve`, where nothing else about the solution matters. Float64.
-
-    Raises:
-        ValueError, FloatingPointError: as there.
-    """
-    found = solve(moments, weight, bias, damp)
-    return found.weight, found.bias
-
-
-def refit(linears: Sequence[nn.Module], moments: Moments, damp: float = 1e-2) -> Solution:
+@torch.no_grad()
+def refit(linears: Sequence[nn.Module], moments: Moments, damp: float = 1e-2, *, through: bool = False) -> Solution:
     """Refit linears that read the same input X to the targets Y, in place, with one factorisation.
 
-    `moments` pairs X [tokens, d_in] with the linears' targets side by side, Y [tokens, sum of d_out].
+    `moments` pairs X [tokens, d_in] with the linears' targets side by side, Y [tokens, sum of d_out]; or, with
+    `through`, with what the same linears read in the dense model, [tokens, d_in].
 
     Raises:
         ValueError, FloatingPointError: see :func:`solve`; the linears are then untouched.
     """
     biases = [linear.bias for linear in linears]
     weight = torch.cat([weight_of(linear) for linear in linears])
-    found = solve(moments, weight, None if biases[0] is None else torch.cat(biases), damp)
+    solution = solve(moments, weight, None if biases[0] is None else torch.cat(biases), damp, through=through)
     sizes = [weight_of(linear).shape[0] for linear in linears]
-    new_biases = [None] * len(sizes) if found.bias is None else found.bias.split(sizes)
-    for linear, w, b in zip(linears, found.weight.split(sizes), new_biases, strict=True):
+    new_biases = [None] * len(sizes) if solution.bias is None else solution.bias.split(sizes)
+    for linear, w, b in zip(linears, solution.weight.split(sizes), new_biases, strict=True):
         set_weight(linear, w, b)
-    return found
+    return solution
 
 
 @torch.no_grad()

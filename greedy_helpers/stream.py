@@ -2,19 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .large.distributed import share_of
+from .large.lazy import resident
 from .structure import blocks_of, input_device
 
 
 class _Reached(Exception):
     """Everything asked for has been seen; the rest of the forward pass is not needed."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards in the mode in which it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def walk(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    last: int,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    store: torch.device | str | None = None,
+) -> Iterator[tuple[nn.Module, BlockStream]]:
+    """Take the tokens through the blocks 0 to `last`: (block, stream in front of it), one after the other.
+
+    The model is in eval mode, and the block has all its weights on the device, until the next one is asked for. The
+    stream then moves behind the block, unless whoever got it has done that, and never behind the last. Use it inside
+    `contextlib.closing`, so that everything is put back at once if something fails.
+
+    With several processes each takes its share of the windows through the blocks.
+    """
+    with evaluating(model):
+        stream = BlockStream(model, share_of(tokens), batch_size, device=device, store=store)
+        for index in range(last + 1):
+            with resident(model, index, stream.device) as block:
+                yield block, stream
+                if stream.position == index < last:
+                    stream.advance(block)
+
+
+def windows_per_batch(batch_size: int | None, seq: int) -> int:
+    """`batch_size`, or as many windows of `seq` tokens as make up 4,096 tokens."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1 window, found {batch_size}")
+    return max(1, 4096 // seq) if batch_size is None else batch_size
+
+
+Watched = tuple[list[Tensor], list[Tensor]]  # inputs and outputs of linears, [batch * seq, channels] each
+Call = tuple[tuple, dict[str, Any]]  # args and kwargs of a module
 
 
 class BlockStream:
@@ -27,13 +77,17 @@ class BlockStream:
 
     The model itself is only asked for its embeddings and those arguments; no block runs for that, so the blocks may be
     on the disk (see :mod:`greedy_helpers.large`).
+
+    Attributes:
+        position: the number of the block that the hidden states are in front of.
+        hidden: the hidden states, [batch, seq, d] each.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokens: Tensor,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         *,
         device: torch.device | str | None = None,
         store: torch.device | str | None = None,
@@ -41,23 +95,25 @@ class BlockStream:
         """
         Args:
             tokens: long [n, seq].
+            batch_size: windows per pass. Memory grows with batch_size * seq; default: 4,096 tokens.
             device: where the blocks will run; default: where the model's embeddings are.
             store: where the hidden states wait between passes; default: `device`. With `"cpu"` beside a GPU only one
                 batch at a time is on the GPU.
         """
         self._model, self._tokens = model, tokens
-        self._extra: dict[tuple[int, int], list[tuple[tuple, dict[str, Any]]]] = {}  # batch -> per-block arguments
+        self._extra: dict[tuple[int, int], list[Call]] = {}  # shape of a batch -> what each block is called with
         home = input_device(model)
         self.device = home if device is None else torch.device(device)
         self.store = self.device if store is None else torch.device(store)
         self.implementation = model.config._attn_implementation
-        self.hidden = [self.keep(self._enter(batch)) for batch in tokens.split(batch_size)]
+        self.position = 0
+        size = windows_per_batch(batch_size, tokens.shape[1])
+        self.hidden = [self.keep(self._enter(batch)) for batch in tokens.split(size)]
 
     def share(self) -> BlockStream:
         """A second stream over the same hidden states; advancing one leaves the other where it is."""
         twin = object.__new__(BlockStream)
         vars(twin).update(vars(self))
-        twin.hidden = list(self.hidden)
         return twin
 
     def rebatch(self, batch_size: int) -> None:
@@ -85,24 +141,50 @@ class BlockStream:
         return calls[0][0][0]
 
     def run(
-        self, block: nn.Module, index: int, linears: Sequence[nn.Module] = ()
-    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Run `block` in the place of block `index`: its output [batch, seq, d], one batch at a time.
+        self, block: nn.Module, inputs: Sequence[nn.Module] = (), outputs: Sequence[nn.Module] = ()
+    ) -> Iterator[tuple[Tensor, Watched]]:
+        """Run `block` in the place of the stream's block: its output [batch, seq, d], one batch at a time.
 
-        Beside each output stand the inputs of `linears` (inside the block), [batch * seq, d_in] each.
+        Beside each output stand what the linears in `inputs` read and what those in `outputs` put out.
         """
         for hidden in self.hidden:
-            yield self._pass(block, index, hidden, linears, stop=False)
+            with _watching(inputs, outputs) as watched:
+                output = self._call(block, hidden)
+            yield output, watched()
 
-    def inputs(self, block: nn.Module, index: int, linears: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-        """What `linears` (inside `block`, in order of execution) read: [batch * seq, d_in] each, batch by batch.
+    def watch(
+        self,
+        block: nn.Module,
+        inputs: Sequence[nn.Module],
+        outputs: Sequence[nn.Module] = (),
+        *,
+        owner: nn.Module | None = None,
+        calls: list[Call] | None = None,
+    ) -> Iterator[Watched]:
+        """What linears inside `block` read and put out, batch by batch; nothing behind the last of them is computed.
 
-        The forward pass stops at the last of them; nothing behind it is computed.
+        Args:
+            owner: a module inside the block that holds the linears of `inputs`. With `calls`, an empty list, it is
+                filled with what the owner is called with; with a filled one the owner alone runs again, on that.
         """
-        for hidden in self.hidden:
-            yield self._pass(block, index, hidden, linears, stop=True)[1]
+        replay = list(calls) if calls else None
+        for place, hidden in enumerate(self.hidden):
+            with ExitStack() as stack:
+                if calls is not None and replay is None:
+                    stack.enter_context(_recording_calls(owner, calls, self.keep))
+                watched = stack.enter_context(_watching(inputs, outputs, stop=True))
+                with suppress(_Reached):
+                    if replay is None:
+                        self._call(block, hidden)
+                    else:
+                        self._replay(owner, replay[place])
+            yield watched()
 
-    def attention_maps(self, block: nn.Module, index: int, attention: nn.Module) -> Iterator[Tensor]:
+    def inputs(self, block: nn.Module, linears: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+        """What `linears` (inside `block`) read: [batch * seq, d_in] each, batch by batch. The pass stops behind them."""
+        return (inputs for inputs, _ in self.watch(block, linears))
+
+    def attention_maps(self, block: nn.Module, attention: nn.Module) -> Iterator[Tensor]:
         """The softmax maps of `attention` (inside `block`): [batch, heads, query, key], batch by batch.
 
         One batch of maps exists at a time.
@@ -111,34 +193,36 @@ class BlockStream:
             ValueError: the attention implementation computes no maps (sdpa, flash); eager does.
         """
         for hidden in self.hidden:
-            with _recording_outputs(attention) as seen:
-                self._pass(block, index, hidden, (), stop=False)
-            maps = seen[0][1] if seen and isinstance(seen[0], tuple) and len(seen[0]) > 1 else None
+            returned: list[Any] = []
+            handle = attention.register_forward_hook(lambda _module, _args, output, r=returned: r.append(output))
+            try:
+                self._call(block, hidden)
+            finally:
+                handle.remove()
+            maps = returned[0][1] if returned and isinstance(returned[0], tuple) and len(returned[0]) > 1 else None
             if not isinstance(maps, Tensor) or maps.ndim != 4:
                 raise ValueError(
-                    f"block {index}: expected attention maps, found none: the model runs with attention "
+                    f"block {self.position}: expected attention maps, found none: the model runs with attention "
                     f"{self.implementation!r}. Call model.set_attn_implementation('eager') first"
                 )
             yield maps
-            del maps, seen  # before the next pass makes new ones
+            del maps, returned  # before the next pass makes new ones
 
-    def advance(self, block: nn.Module, index: int) -> None:
+    def advance(self, block: nn.Module) -> None:
         """Move the hidden states behind the block."""
-        self.hidden = [self.keep(output) for output, _ in self.run(block, index)]
+        self.hidden = [self.keep(output) for output, _ in self.run(block)]
+        self.position += 1
 
     @torch.no_grad()
-    def _pass(
-        self, block: nn.Module, index: int, hidden: Tensor, linears: Sequence[nn.Module], stop: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        args, kwargs = self._extra[hidden.shape[:2]][index]
-        hidden = hidden.to(self.device, non_blocking=True)
-        output = None
-        with _recording_inputs(linears, stop) as seen, suppress(_Reached):
-            output = block(hidden, *args, **kwargs)
-        if len(seen) < len(linears):
-            raise RuntimeError(f"block {index} ran {len(seen)} of the {len(linears)} linears that were watched")
-        output = output[0] if isinstance(output, tuple) else output
-        return output, [seen[linear].flatten(0, -2) for linear in linears]
+    def _call(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        args, kwargs = self._extra[hidden.shape[:2]][self.position]
+        output = block(hidden.to(self.device, non_blocking=True), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def _replay(self, owner: nn.Module, call: Call) -> None:
+        args, kwargs = _to(call, self.device, {})
+        owner(*args, **kwargs)
 
 
 def _to(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
@@ -198,32 +282,57 @@ def _handing_on(blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[li
 
 
 @contextmanager
-def _recording_outputs(module: nn.Module) -> Iterator[list[Any]]:
-    """Collects what one module returns."""
-    seen: list[Any] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def _watching(
+    inputs: Sequence[nn.Module], outputs: Sequence[nn.Module], stop: bool = False
+) -> Iterator[Callable[[], Watched]]:
+    """Collects what linears read and put out; with `stop` the pass ends when all of it is there."""
+    read: dict[nn.Module, Tensor] = {}
+    made: dict[nn.Module, Tensor] = {}
 
-
-@contextmanager
-def _recording_inputs(linears: Sequence[nn.Module], stop: bool) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collects each linear's input; with `stop` the pass ends at the last of them."""
-    seen: dict[nn.Module, Tensor] = {}
-
-    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
-        seen[module] = args[0]
-        if stop and module is linears[-1]:
+    def check() -> None:
+        if stop and len(read) + len(made) == len(inputs) + len(outputs):
             raise _Reached
 
-    handles = [linear.register_forward_pre_hook(hook) for linear in linears]
+    def before(linear: nn.Module, args: tuple[Tensor]) -> None:
+        read[linear] = args[0]
+        check()
+
+    def after(linear: nn.Module, _args: tuple, output: Tensor) -> None:
+        made[linear] = output
+        check()
+
+    def watched() -> Watched:
+        if len(read) + len(made) < len(inputs) + len(outputs):
+            raise RuntimeError(
+                f"the block ran {len(read) + len(made)} of the {len(inputs) + len(outputs)} linears that were watched"
+            )
+        return [read[linear].flatten(0, -2) for linear in inputs], [made[linear].flatten(0, -2) for linear in outputs]
+
+    handles = [linear.register_forward_pre_hook(before) for linear in inputs]
+    handles += [linear.register_forward_hook(after) for linear in outputs]
     try:
-        yield seen
+        yield watched
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _recording_calls(module: nn.Module, calls: list[Call], keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Collects what a module is called with. Its first tensor waits where hidden states do, the rest is shared."""
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if args and isinstance(args[0], Tensor):
+            args = (keep(args[0]), *args[1:])
+        elif isinstance(kwargs.get("hidden_states"), Tensor):
+            kwargs = kwargs | {"hidden_states": keep(kwargs["hidden_states"])}
+        calls.append((args, kwargs))
+
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def slice_head_inputs(owner: nn.Module, names: Sequence[str], keep: Tensor, n_units: int, group: int = 1) -> None:

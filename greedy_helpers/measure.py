@@ -1,0 +1,186 @@
+"""What is measured about one module: moments behind the pruned prefix, paired with what the dense model does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .large.distributed import all_sum, all_windows
+from .moments import Moments
+from .stream import BlockStream, Call
+from .structure import Depth2Module, weight_of
+
+
+class DenseRecord:
+    """What one module does in the dense model, batch by batch, as far as somebody asks for it.
+
+    Kept for the modules of one block at a time: no inner activations.
+
+    Attributes:
+        inputs: what level 1 reads, [tokens, d] per batch.
+        outputs: what level 2 puts out, [tokens, d] per batch.
+        drift: what the residual stream lacks in front of the module, shared by the modules of the block; or None.
+    """
+
+    def __init__(self, module: Depth2Module, *, inputs: bool, outputs: bool, means: bool) -> None:
+        self.level1, self.level2 = next(iter(module.level1.values())).linear, module.level2.linear
+        self._inputs, self._outputs, self._means = inputs, outputs, means
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.drift: Drift | None = None
+        self._n, self._sum = 0, torch.zeros(())
+
+    @property
+    def reads(self) -> list[nn.Module]:
+        """The linears whose inputs are wanted."""
+        return [self.level1] * self._inputs + [self.level2] * self._means
+
+    @property
+    def makes(self) -> list[nn.Module]:
+        """The linears whose outputs are wanted."""
+        return [self.level2] * self._outputs
+
+    def add(self, read: list[Tensor], made: list[Tensor], stream: BlockStream) -> None:
+        """One batch of what :attr:`reads` read and :attr:`makes` put out."""
+        if self._means:
+            z = read[-1]
+            self._n, self._sum = self._n + len(z), self._sum + z.sum(0, dtype=torch.float64)
+        if self._inputs:
+            self.inputs.append(stream.keep(read[0]))
+        self.outputs += map(stream.keep, made)
+
+    def hidden_mean(self) -> Tensor:
+        """Mean of level 2's input, float64 [channels], over all processes."""
+        total, count = self._sum.clone(), self._sum.new_tensor(self._n)
+        all_sum(total, count)
+        return total / count
+
+
+class Drift:
+    """What the residual stream lacks in front of a module: dense minus pruned, [tokens, d] per batch.
+
+    It follows the modules of a block, cut or not. A module that was passed counts as soon as another pass over the
+    block shows what it puts out now.
+    """
+
+    def __init__(self, dense: Sequence[Tensor], pruned: Sequence[Tensor], stream: BlockStream) -> None:
+        self._stream = stream
+        pairs = zip(dense, pruned, strict=True)
+        self.batches = [stream.keep((self._on(d) - self._on(p)).flatten(0, -2)) for d, p in pairs]
+        self.passed: list[DenseRecord] = []
+
+    def _on(self, value: Tensor) -> Tensor:
+        return value.to(self._stream.device, non_blocking=True)
+
+    def move(self, place: int, made: list[Tensor]) -> None:
+        """Batch `place` behind the modules that were passed: what they put out in the dense model, less `made`."""
+        for record, output in zip(self.passed, made, strict=True):
+            self.batches[place] = self._stream.keep(
+                self._on(self.batches[place]) + (self._on(record.outputs[place]) - output)
+            )
+
+    def target(self, place: int, outputs: Sequence[Tensor]) -> Tensor:
+        """The dense module's outputs of batch `place` plus what the stream lacks in front of it."""
+        return self._on(outputs[place]) + self._on(self.batches[place])
+
+
+@torch.no_grad()
+def advance_dense(dense: BlockStream, block: nn.Module, records: Sequence[DenseRecord]) -> None:
+    """Move the dense stream behind the still dense block and fill the `records` on the way, all in one pass."""
+    reads, makes = [r.reads for r in records], [r.makes for r in records]
+    hidden = []
+    for output, (read, made) in dense.run(block, sum(reads, []), sum(makes, [])):
+        hidden.append(dense.keep(output))
+        read, made = iter(read), iter(made)
+        for record, its_reads, its_makes in zip(records, reads, makes, strict=True):
+            record.add([next(read) for _ in its_reads], [next(made) for _ in its_makes], dense)
+    dense.hidden = hidden
+    dense.position += 1
+
+
+class ModulePasses:
+    """Passes over one module's block, to measure the module where it stands: behind the pruned prefix.
+
+    With several processes everything is over the tokens of all of them, in each of them.
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        block: nn.Module,
+        module: Depth2Module,
+        dense: DenseRecord | None = None,
+        *,
+        target: str = "local",
+        precision: torch.dtype = torch.float64,
+        level1_changes: bool = False,
+    ) -> None:
+        """
+        Args:
+            stream: hidden states in front of `block`.
+            dense: what the module does in the dense model.
+            target: what level 2 shall put out, see :mod:`greedy_helpers.remedies`.
+            precision: see :class:`~greedy_helpers.moments.Moments`.
+            level1_changes: level 1 will be refitted, so its owner runs twice on the same inputs: they are kept.
+        """
+        self._stream, self._block, self._module, self._dense = stream, block, module, dense
+        self._target, self._precision = target, precision
+        # an owner that is the block itself has nothing in front of it that could be left out
+        self._calls: list[Call] | None = [] if level1_changes and module.owner is not block else None
+
+    @torch.no_grad()
+    def moments(self, *levels: int) -> list[Moments]:
+        """Moments of what level 1, level 2 or both read, paired with their targets, from one pass over the block."""
+        groups = {1: next(iter(self._module.level1.values())), 2: self._module.level2}
+        results = [Moments(groups[level].path, self._precision) for level in levels]
+        for place, inputs in enumerate(self._inputs([groups[level].linear for level in levels])):
+            for moments, level, x in zip(results, levels, inputs, strict=True):
+                moments.update(x, self._target_of(level, place))
+        for moments in results:
+            moments.reduce()
+        if self._target == "local" and 2 in levels:
+            linear = self._module.level2.linear
+            results[-1] = results[-1].aim_at(weight_of(linear), linear.bias)
+        return results
+
+    def _inputs(self, linears: list[nn.Module]) -> Iterator[list[Tensor]]:
+        drift = None if self._dense is None else self._dense.drift
+        passed = [] if drift is None else [record.level2 for record in drift.passed]
+        if self._calls and passed:
+            raise RuntimeError(f"{self._module.name}: the drift has to be known before its own passes begin")
+        watch = self._stream.watch(self._block, linears, passed, owner=self._module.owner, calls=self._calls)
+        for place, (inputs, made) in enumerate(watch):
+            if passed:
+                drift.move(place, made)
+            yield inputs
+        if passed:
+            drift.passed.clear()
+
+    def _target_of(self, level: int, place: int) -> Tensor | None:
+        if self._dense is None or (level == 2 and self._target == "local"):
+            return None
+        if level == 1:
+            return self._dense.inputs[place] if self._dense.inputs else None
+        if self._dense.drift is not None:
+            return self._dense.drift.target(place, self._dense.outputs)
+        return self._dense.outputs[place]
+
+    def hidden_mean(self) -> Tensor:
+        """See :meth:`DenseRecord.hidden_mean`."""
+        return self._dense.hidden_mean()
+
+    def attention_maps(self) -> Iterator[Tensor]:
+        """[batch, heads, query, key], batch by batch."""
+        return all_windows(self._stream.attention_maps(self._block, self._module.owner))
+
+    def level2_windows(self) -> Iterator[Tensor]:
+        """Level 2's inputs, [batch, seq, channels], batch by batch."""
+
+        def windows() -> Iterator[Tensor]:
+            batches = self._stream.inputs(self._block, [self._module.level2.linear])
+            for states, (z,) in zip(self._stream.hidden, batches, strict=True):
+                yield z.unflatten(0, states.shape[:2])
+
+        return all_windows(windows())

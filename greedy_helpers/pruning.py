@@ -1,0 +1,323 @@
+"""The algorithm: walk the model once; in every module refit, score, cut, refit."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .allocation import Plan, check_plan, check_ratio, keep_best
+from .criteria import Criterion, Seen, second_moment
+from .families import Kind
+from .large.distributed import all_sums, check_same, is_first
+from .large.lazy import check_weights, is_lazy
+from .large.memory import with_smaller_batches
+from .large.resume import WorkFolder, resumed, settings_of
+from .measure import DenseRecord, Drift, ModulePasses, advance_dense
+from .recipes import ALLOCATIONS, RECOMMENDED, Recipe
+from .remedies import Cut, Remedy
+from .report import PruneReport, PruneStep
+from .stream import BlockStream, walk
+from .structure import (
+    Depth2Module,
+    UnsupportedModule,
+    blocks_of,
+    blocks_path,
+    check_tokens,
+    count_parameters,
+    depth2_modules,
+    family_of,
+    weight_of,
+)
+from .surgery import remove_units, undone_on_error
+
+
+@dataclass(frozen=True)
+class Job:
+    """What :func:`prune` does to every module: criterion and remedy as functions, and how many units each keeps."""
+
+    criterion: Criterion
+    remedy: Remedy
+    damp: float
+    plan: Plan
+    precision: torch.dtype = torch.float64
+
+
+@dataclass
+class Streams:
+    """The calibration tokens in front of the same block, in the dense model and in the pruned one."""
+
+    dense: BlockStream
+    pruned: BlockStream
+
+    @property
+    def are_one(self) -> bool:
+        """Nothing has been cut yet."""
+        return all(a is b for a, b in zip(self.dense.hidden, self.pruned.hidden, strict=True))
+
+
+def prune_module(module: Depth2Module, seen: Seen, job: Job) -> PruneStep:
+    """Refit, score, cut, refit one module, in place."""
+    started = time.perf_counter()
+    level2, fit = module.level2, job.remedy.before and job.remedy.before(module, seen)
+
+    scores = _checked_scores(job.criterion, module, seen)
+    keep = keep_best(scores, job.plan[module.name])
+    check_same(f"{module.name}: the units to keep", keep)
+
+    # a unit's channels do not depend on the other units, so the survivors' moments are already known
+    gone = torch.ones(level2.n_channels, dtype=torch.bool, device="cpu")
+    gone[level2.index[keep].flatten()] = False
+    cut = Cut(seen.level2.select((~gone).nonzero().flatten()), weight_of(level2.linear), gone.nonzero().flatten())
+    remove_units(module, keep)
+    error = error_cut = cut.survivors.relative_error(weight_of(level2.linear), level2.linear.bias)
+    if job.remedy.after:
+        fit = job.remedy.after(module, cut, seen) or fit
+        error = cut.survivors.relative_error(weight_of(level2.linear), level2.linear.bias)
+    return PruneStep(
+        name=module.name, kind=module.kind, block=module.block, units_before=module.n_units, units_after=len(keep),
+        error_cut=error_cut, error=error, seconds=time.perf_counter() - started, rank=fit and fit.rank,
+        condition=fit and fit.condition, scores=scores, keep=keep,
+    )  # fmt: skip
+
+
+def prune_block(model: PreTrainedModel, block: nn.Module, streams: Streams, job: Job) -> tuple[list[PruneStep], float]:
+    """Prune one block's modules in order and move both streams behind it: the steps, and the stream's error there."""
+    index, steps, remedy = streams.pruned.position, [], job.remedy
+    modules = depth2_modules(model, [index])
+    if not any(module.name in job.plan for module in modules):
+        modules = []
+    elif remedy.target != "residual":  # that target follows the stream through all modules, cut or not
+        modules = [module for module in modules if module.name in job.plan]
+    wanted = {"inputs": remedy.refits_level1, "outputs": remedy.target != "local", "means": remedy.reads_means}
+    records = [DenseRecord(module, **wanted) for module in modules]
+    before, one = streams.dense.hidden, streams.are_one
+    advance_dense(streams.dense, block, records)  # before anything in the block changes: no second copy
+    if not modules and one:  # nothing has been cut yet
+        streams.pruned.hidden, streams.pruned.position = streams.dense.hidden, index + 1
+        return [], 0.0
+    drift = None
+    if modules and remedy.target == "residual":
+        _check_additive(index, before, streams.dense.hidden, records)
+        drift = Drift(before, streams.pruned.hidden, streams.pruned)
+    before = None  # so that it is not kept through what follows
+    for module, record in zip(modules, records, strict=True):
+        if module.name in job.plan:
+            record.drift = drift
+            how = {"target": remedy.target, "precision": job.precision, "level1_changes": remedy.refits_level1}
+            passes = ModulePasses(streams.pruned, block, module, record, **how)
+            steps.append(prune_module(module, Seen(damp=job.damp, n_keep=job.plan[module.name], passes=passes), job))
+        if drift is not None:
+            drift.passed.append(record)
+        record.inputs.clear()
+    streams.pruned.advance(block)
+    return steps, _stream_error(streams)
+
+
+def prune(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    ratio: float | None = None,
+    recipe: Recipe = RECOMMENDED,
+    *,
+    plan: Plan | None = None,
+    blocks: Iterable[int] | None = None,
+    kinds: Iterable[Kind] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    store: torch.device | str | None = None,
+    precision: torch.dtype = torch.float64,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> PruneReport:
+    """Remove a share of the units of every depth-2 module, in place, without training (Algorithms 1, 3 and 4).
+
+    Modules are visited in execution order, so each one is scored and refitted on the inputs that the already pruned
+    prefix gives it.
+
+    Args:
+        calibration: long [n, seq], packed and never padded.
+        ratio: share of units to remove, in [0, 1). The recipe's allocation says what that means for a module; with the
+            default each loses floor(ratio * units).
+        recipe: which units go and how the rest is repaired: :data:`~greedy_helpers.recipes.RECOMMENDED`, the strongest
+            that we have measured, `PAPER`, `FLAP`, `OSSCAR`, or a :class:`~greedy_helpers.recipes.Recipe` of your own.
+        plan: in the place of a ratio: module name -> units to keep, as the functions in `allocation.py` make it.
+            Modules it does not name stay whole.
+        blocks: the blocks to prune (default: all). The paper leaves LLaMA's first four and last two alone.
+        kinds: the kinds of modules to prune, among `"attention"`, `"ffn"`, `"gated_ffn"`; default: all that can be
+            cut, with a warning if a kind has to stay whole in this family.
+        batch_size: windows per forward pass; changes memory (in proportion to batch_size * seq) and speed, not the
+            result. Default: as many as make up 4,096 tokens. It is halved, with a warning, when memory runs out.
+        device: where the block at hand and one batch are worked on; default: where the model is. With another device
+            than the model's, one block at a time is there; so a model in the CPU's memory, or on the disk
+            (`load_model(..., lazy=True)`), can be pruned on a GPU that has room for one of its blocks.
+        store: where the hidden states of all tokens wait; default: `device`. `"cpu"` saves memory on a GPU.
+        precision: dtype of the summed moments and of the solves, see :class:`~greedy_helpers.moments.Moments`.
+        work_dir: a folder to which every finished block is committed. A call with the same model, tokens and settings
+            goes on behind the last one and ends with the same bits as if nothing had happened. A lazy model needs one:
+            its pruned blocks live there until :func:`~greedy_helpers.checkpoint.save_pruned` collects them.
+
+    Under `torchrun` (see :mod:`greedy_helpers.large.distributed`) every process gives the same arguments; each runs its
+    share of the windows, and all end with the same model.
+
+    Returns:
+        A report with one step per module.
+
+    Raises:
+        UnknownFamily, UnsupportedModule, TypeError, ValueError, KeyError, IndexError: bad arguments, before anything is
+            touched.
+        FloatingPointError: NaN or Inf in weights or activations, naming the layer.
+        Whatever is raised, or interrupted, the model is left as it was. What `work_dir` holds, stays.
+    """
+    started, before = time.perf_counter(), count_parameters(model)
+    modules = _check_arguments(model, calibration, ratio, plan, blocks, kinds, work_dir)
+    how = {"batch_size": batch_size, "device": device, "store": store}
+    criterion, remedy = recipe.resolved(model, calibration)
+    if plan is None:
+        score = partial(scores_of, model, calibration, damp=recipe.damp, **how)
+        plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, score)
+        _warn_of_whole_modules(modules, plan, ratio)
+    job = Job(criterion, remedy, recipe.damp, {m.name: plan.get(m.name, m.n_units) for m in modules}, precision)
+    last = max((module.block for module in modules), default=-1)
+
+    step = with_smaller_batches(prune_block)
+    if work_dir is not None:
+        step = resumed(step, WorkFolder(work_dir, settings_of(model, calibration, recipe, job, batch_size)))
+    steps, stream_errors, streams = [], [], None
+    bar = tqdm(total=len(modules), desc="prune", unit="module", disable=not progress or not is_first())
+    with undone_on_error(model), bar, closing(walk(model, calibration, last, **how)) as walked:
+        for block, stream in walked:
+            streams = streams or Streams(stream.share(), stream)
+            if is_lazy(model):
+                check_weights(block, f"{blocks_path(model)}.{stream.position}.")
+            new_steps, stream_error = step(model, block, streams, job)
+            steps += new_steps
+            stream_errors.append(stream_error)
+            bar.update(len(new_steps))
+    after = count_parameters(model)
+    parameters = {key: [before[key], after[key]] for key in before}
+    seconds = time.perf_counter() - started
+    return PruneReport(ratio, **recipe.names, tokens=calibration.numel(), parameters=parameters, seconds=seconds,
+                       stream_errors=stream_errors, steps=steps)  # fmt: skip
+
+
+def scores_of(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    criterion: Criterion = second_moment,
+    *,
+    blocks: Iterable[int] | None = None,
+    kinds: Iterable[Kind] | None = None,
+    damp: float = 1e-2,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    store: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Every module's scores on the model as it is: name -> [n_units], on the CPU. Nothing is changed.
+
+    For plans over the whole model, for looking at criteria side by side, and for methods that score the dense model
+    once (FLAP, LLM-Pruner) rather than each module behind the already pruned prefix. Level 2's targets are the module's
+    own outputs. `device`, `store`, and several processes: as in :func:`prune`.
+
+    Raises:
+        As :func:`prune`.
+    """
+    check_tokens(model, calibration)
+    modules = depth2_modules(model, blocks, kinds)
+    last, scores = max((module.block for module in modules), default=-1), {}
+    where = {"batch_size": batch_size, "device": device, "store": store}
+    with closing(walk(model, calibration, last, **where)) as walked:
+        for block, stream in walked:
+            for module in depth2_modules(model, [stream.position], kinds):
+                if any(module.name == wanted.name for wanted in modules):
+                    seen = Seen(damp=damp, passes=ModulePasses(stream, block, module))
+                    scores[module.name] = _checked_scores(criterion, module, seen)
+    return scores
+
+
+def _checked_scores(criterion: Criterion, module: Depth2Module, seen: Seen) -> Tensor:
+    scores = criterion(module, seen)
+    if scores.shape != (module.n_units,):
+        raise ValueError(f"{module.name}: expected scores of shape [{module.n_units}], found {list(scores.shape)}")
+    return scores.cpu()
+
+
+def _check_arguments(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    ratio: float | None,
+    plan: Plan | None,
+    blocks: Iterable[int] | None,
+    kinds: Iterable[Kind] | None,
+    work_dir: str | Path | None,
+) -> list[Depth2Module]:
+    """The modules to prune, or the reason why not: see :func:`prune`."""
+    if (ratio is None) == (plan is None):
+        raise ValueError(f"prune: expected a ratio or a plan, found {'neither' if plan is None else 'both'}")
+    if isinstance(ratio, Mapping):
+        raise TypeError("prune: expected a ratio as a number, found a mapping; pass it as plan=")
+    check_tokens(model, calibration)
+    chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
+    modules = depth2_modules(model, chosen, kinds)  # refuses what does not exist
+    if ratio is not None:
+        check_ratio(ratio)
+    else:
+        check_plan(model, plan, {module.name for module in modules})
+    if kinds is None:
+        for path, reason in family_of(model).whole.items():
+            warnings.warn(f"{model.config.model_type}: {path} stays whole: {reason}", stacklevel=3)
+    if len(places := sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})) > 1:
+        raise ValueError(
+            f"prune: accelerate has spread the model over {', '.join(places)}; expected one place: load it without "
+            "device_map, or with lazy=True and a work_dir if that is too small"
+        )
+    if is_lazy(model) and work_dir is None:
+        raise ValueError(
+            "prune: the model's blocks are on the disk; expected a work_dir for the pruned ones, found None"
+        )
+    check_weights(model)
+    return modules
+
+
+def _warn_of_whole_modules(modules: list[Depth2Module], plan: Plan, ratio: float) -> None:
+    whole = [module for module in modules if plan[module.name] == module.n_units]
+    if ratio > 0 and whole:
+        units = sorted({module.n_units for module in whole})
+        warnings.warn(
+            f"prune: {ratio:.0%} of {' or '.join(map(str, units))} units is less than one: {whole[0].name}"
+            f"{f' and {len(whole) - 1} more' if len(whole) > 1 else ''} lose nothing; the report says what was removed",
+            stacklevel=3,
+        )
+
+
+def _check_additive(index: int, before: list[Tensor], after: list[Tensor], records: list[DenseRecord]) -> None:
+    """The block's output has to be its input plus its modules' outputs, or the residual target means nothing."""
+    made = before[0].flatten(0, -2) + sum(record.outputs[0] for record in records)
+    wanted = after[0].flatten(0, -2)
+    error = ((made - wanted).float().norm() / (wanted - before[0].flatten(0, -2)).float().norm()).item()
+    (refused,) = all_sums(float(not error < 0.05))  # all processes come to the same verdict
+    if refused:  # half precision rounds at a few 1e-3 of the stream; a norm or a multiplier is far off
+        raise UnsupportedModule(
+            "prune: the target 'residual' needs blocks that add their modules' outputs to the residual stream as they "
+            f"are; block {index} does not (relative difference {error:.2g}: a norm or multiplier behind level 2, or "
+            "attention that has to stay whole). Use a remedy with the dense target, e.g. 'both'"
+        )
+
+
+def _stream_error(streams: Streams) -> float:
+    device = streams.pruned.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for d, p in zip(streams.dense.hidden, streams.pruned.hidden, strict=True):
+        d, p = d.to(device), p.to(device)
+        sums += torch.stack([(d - p).float().square().sum(dtype=torch.float64), d.float().square().sum(dtype=torch.float64)])
+    lost, everything = all_sums(*sums.tolist())
+    return lost / everything

@@ -1,0 +1,178 @@
+"""Recipes: which units go, how the rest is repaired, how strongly refits are damped, and where the budget is spent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .allocation import Plan, adaptive_plan, cost_plan, n_removed, unit_parameters
+from .criteria import (
+    Criterion,
+    by_kind,
+    fixed_scores,
+    flap,
+    obs_cost,
+    output_energy,
+    random_scores,
+    second_moment,
+    second_moment_identity,
+    taylor_scores,
+    wanda_sp,
+    weight_norm,
+)
+from .greedy import exact_greedy
+from .remedies import REMEDIES, Remedy
+from .structure import Depth2Module
+
+# Names of criteria, for recipes, tables and the command line.
+CRITERIA: dict[str, Criterion] = {
+    "random": random_scores,
+    "L1": partial(weight_norm, p=1),
+    "L2": weight_norm,
+    "Wanda-sp": wanda_sp,
+    "FLAP WIFV": flap,
+    "FLAP WIFN": partial(flap, metric="WIFN"),
+    "FLAP IFV": partial(flap, metric="IFV"),
+    "second moment": second_moment,
+    "second moment, identity": second_moment_identity,
+    "output energy": output_energy,
+    "OBS cost": obs_cost,
+    "exact greedy": exact_greedy,
+    "energy heads, greedy FFN": partial(by_kind, attention=output_energy, ffn=exact_greedy),
+}
+
+# Criteria that look at the whole dense model first: (model, calibration) -> criterion.
+PREPARED: dict[str, Callable[[PreTrainedModel, Tensor], Criterion]] = {
+    f"Taylor {kind}": lambda model, tokens, kind=kind: partial(fixed_scores, scores=taylor_scores(model, tokens, kind))
+    for kind in ("vector", "element1", "element2", "mix")
+}
+
+# (modules, ratio, criterion, scores of a criterion on the dense model) -> (plan, criterion to prune with).
+Scorer = Callable[[Criterion], dict[str, Tensor]]
+Allocation = Callable[[Sequence[Depth2Module], float, Criterion, Scorer], tuple[Plan, Criterion]]
+
+
+def uniform(
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _scores: Scorer
+) -> tuple[Plan, Criterion]:
+    """The same share of units everywhere: floor(ratio * units) of every module go (the paper)."""
+    return {module.name: module.n_units - n_removed(module.n_units, ratio) for module in modules}, criterion
+
+
+def _uniform_parameters(modules: Sequence[Depth2Module], ratio: float) -> int:
+    return sum(n_removed(module.n_units, ratio) * unit_parameters(module) for module in modules)
+
+
+def adaptive(
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, scores: Scorer
+) -> tuple[Plan, Criterion]:
+    """FLAP's AL-AM: one ranking of standardised scores of the dense model; as many parameters as `uniform`."""
+    dense = scores(criterion)
+    plan = adaptive_plan(modules, dense, _uniform_parameters(modules, ratio))
+    return plan, partial(fixed_scores, scores=dense)
+
+
+def by_cost(
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, scores: Scorer
+) -> tuple[Plan, Criterion]:
+    """Exact greedy's costs per parameter, over the whole dense model; as many parameters as `uniform`."""
+    dense = scores(partial(exact_greedy, whole_path=True))
+    return cost_plan(modules, dense, _uniform_parameters(modules, ratio)), criterion
+
+
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "adaptive": adaptive, "cost": by_cost}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method.
+
+    Attributes:
+        criterion: a function (module, seen) -> scores [n_units], higher = keep, with its options bound by
+            `functools.partial`; or a name in :data:`CRITERIA` or :data:`PREPARED`.
+        remedy: a :class:`~greedy_helpers.remedies.Remedy`, or a name in :data:`~greedy_helpers.remedies.REMEDIES`.
+        damp: ridge damping of every refit, and of criteria that solve, as a share of the mean diagonal of X'X.
+        allocation: a name in :data:`ALLOCATIONS`.
+
+    Raises:
+        ValueError: a name that is not in its table.
+    """
+
+    criterion: Criterion | str = "exact greedy"
+    remedy: Remedy | str = "both, residual"
+    damp: float = 1e-2
+    allocation: str = "uniform"
+
+    def __post_init__(self) -> None:
+        known = {"criterion": [*CRITERIA, *PREPARED], "remedy": [*REMEDIES], "allocation": [*ALLOCATIONS]}
+        for field, allowed in known.items():
+            value = getattr(self, field)
+            if isinstance(value, str) and value not in allowed:
+                raise ValueError(f"expected a {field} among {'; '.join(allowed)}: found {value!r}")
+            if not isinstance(value, str) and not (callable(value) or isinstance(value, Remedy)):
+                raise TypeError(f"expected a {field} by name or as an object, found {value!r}")
+
+    @property
+    def names(self) -> dict[str, str | float]:
+        """The recipe in plain words and numbers, ready for JSON."""
+        return {
+            "criterion": name_of(self.criterion),
+            "remedy": name_of(self.remedy),
+            "damp": self.damp,
+            "allocation": self.allocation,
+        }
+
+    def __str__(self) -> str:
+        names = self.names
+        remedy = "" if names["remedy"] == "none" else f" + {names['remedy']}"
+        return names["criterion"] + ("" if self.allocation == "uniform" else f", {self.allocation}") + remedy
+
+    def resolved(self, model: PreTrainedModel, calibration: Tensor) -> tuple[Criterion, Remedy]:
+        """The functions that the names stand for. Some criteria look at the dense model now."""
+        criterion, remedy = self.criterion, self.remedy
+        if criterion in PREPARED:
+            criterion = PREPARED[criterion](model, calibration)
+        elif isinstance(criterion, str):
+            criterion = CRITERIA[criterion]
+        return criterion, REMEDIES[remedy] if isinstance(remedy, str) else remedy
+
+
+def name_of(part: Criterion | Remedy | str) -> str:
+    """What a criterion or a remedy is called: its name in the tables, or its function's with the options."""
+    if isinstance(part, str):
+        return part
+    for table in (CRITERIA, REMEDIES):
+        if (name := next((key for key, value in table.items() if value is part), None)) is not None:
+            return name
+    if isinstance(part, partial):
+        given = [*map(_short, part.args), *(f"{key}={_short(value)}" for key, value in part.keywords.items())]
+        return f"{name_of(part.func)}({', '.join(given)})"
+    return getattr(part, "__name__", repr(part))
+
+
+def _short(value: object) -> str:
+    if callable(value):
+        return name_of(value)
+    if isinstance(value, Mapping):  # scores by module: a digest tells two of them apart
+        digest = hashlib.sha256()
+        for key, entry in value.items():
+            digest.update(str(key).encode())
+            digest.update(entry.detach().cpu().double().numpy().tobytes() if isinstance(entry, Tensor) else b"")
+        return f"<{len(value)} modules, {digest.hexdigest()[:12]}>"
+    return repr(value)
+
+
+# The strongest recipe that we have measured (notebook 09); the default everywhere.
+RECOMMENDED = Recipe()
+# Li, Dong, Lei (arXiv 2407.19126): the second moment, level 1 and level 2 refitted before the cut.
+PAPER = Recipe("second moment", "pre")
+# An et al. (arXiv 2312.11983) as published: fluctuation, one ranking over the model, means into biases.
+FLAP = Recipe("FLAP WIFV", "bias", allocation="adaptive")
+# Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization":
+# exact greedy selection, level 2 refitted to the module's own outputs.
+OSSCAR = Recipe("exact greedy", "post, local")

@@ -1,0 +1,117 @@
+"""What a pruning run did, module by module: for reading, for pictures, for JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TENSORS = ("scores", "keep")
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """What happened to one module.
+
+    Attributes:
+        scores: the criterion's values, [units_before]; keep: the surviving units.
+        error_cut, error: relative squared error of the module's output against the targets on the calibration tokens
+            (0 = equal, 1 = as bad as silence), after the cut and after the last refit. With the dense model's outputs
+            as targets it contains what the pruned prefix already broke.
+        rank, condition: of the last refit's X'X and X'X + lam I, see :class:`~greedy_helpers.reconstruct.Solution`;
+            None without a refit.
+    """
+
+    name: str
+    kind: str
+    block: int
+    units_before: int
+    units_after: int
+    error_cut: float
+    error: float
+    seconds: float
+    rank: int | None
+    condition: float | None
+    scores: Tensor = field(repr=False)
+    keep: Tensor = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists."""
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What :func:`~greedy_helpers.pruning.prune` did: its settings and one step per module, in order.
+
+    Attributes:
+        ratio: the share of units asked for, None if a plan said it.
+        criterion, remedy, allocation, damp: the recipe, in words.
+        tokens: of the calibration text.
+        parameters: `"blocks"` and `"total"` -> [before, after]: the same cut is a smaller share of the whole model.
+        seconds: of the whole run, passes over the dense model included.
+        stream_errors: relative squared error of the residual stream behind every block that was visited, against the
+            dense model's: what all modules up to there have broken together, whatever their targets.
+    """
+
+    ratio: float | None
+    criterion: str
+    remedy: str
+    allocation: str
+    damp: float
+    tokens: int
+    parameters: dict[str, list[int]]
+    seconds: float
+    stream_errors: list[float]
+    steps: list[PruneStep]
+
+    @property
+    def removed(self) -> dict[str, float]:
+        """`"blocks"` and `"total"` -> the share of their parameters that went."""
+        return {part: 1 - after / before for part, (before, after) in self.parameters.items()}
+
+    def __str__(self) -> str:
+        asked = "a plan" if self.ratio is None else f"{self.ratio:.1%} of the units of each module"
+        units = {
+            what: [sum(getattr(s, f"units_{when}") for s in self.steps if (s.kind == "attention") == heads)
+                   for when in ("before", "after")]
+            for what, heads in (("heads", True), ("FFN channels", False))
+        }  # fmt: skip
+        left = " and ".join(f"{after:,} of {before:,} {what}" for what, (before, after) in units.items() if before)
+        return (
+            f"asked: {asked}; removed: {self.removed['blocks']:.1%} of the blocks' parameters, "
+            f"{self.removed['total']:.1%} of the model's ({self.parameters['total'][0]:,} -> "
+            f"{self.parameters['total'][1]:,}); left in the modules that were pruned: {left or 'nothing to cut'}"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per module, without the tensors."""
+        return pd.DataFrame([{k: v for k, v in vars(step).items() if k not in _TENSORS} for step in self.steps])
+
+    def figure(self) -> Figure:
+        """Units left and errors per module: see :func:`~greedy_helpers.course.plots.prune_steps`."""
+        from matplotlib import pyplot as plt  # here, so that importing the package does not import matplotlib
+
+        from .course import plots
+
+        fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", facecolor="white")
+        plots.prune_steps(axes, self.to_frame())
+        plt.close(fig)  # shown where it is returned to, and not a second time
+        return fig
+
+    def to_dict(self, tensors: bool = True) -> dict[str, Any]:
+        """Plain numbers, strings and lists, ready for JSON; without scores and kept units if not `tensors`."""
+        steps = [
+            {k: v for k, v in step.to_dict().items() if tensors or k not in _TENSORS} for step in self.steps
+        ]
+        return {**vars(self), "removed": self.removed, "steps": steps}
+
+    def to_json(self, tensors: bool = False) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(tensors), indent=1)
