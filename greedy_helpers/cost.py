@@ -22,22 +22,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .checkpoint import disk_bytes
 from .data import forward_cached
-from .discover import linears_of
-from .evaluate import check_tokens
-from .structure import blocks_of, depth2_modules
+from .structure import blocks_of, check_tokens, count_parameters, depth2_modules, linears_of
 
 T = TypeVar("T")
 _PEAK_RESET = Path("/proc/self/clear_refs")  # man 5 proc
 _WARM_UP = 2  # untimed rounds: lazy initialisation, caches, clock frequencies
-
-
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of the whole model (tied ones once) and of its blocks alone.
-
-    A ratio is of the blocks' units, so "25% pruned" is less than 25% of the model: quote both.
-    """
-    total = {id(p): p.numel() for p in model.parameters()}
-    return {"total": sum(total.values()), "blocks": sum(p.numel() for p in blocks_of(model).parameters())}
 
 
 def count_macs(

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .evaluate import check_tokens
 from .moments import Moments
-from .structure import Depth2Module, depth2_modules, weight_of
+from .structure import Depth2Module, check_tokens, depth2_modules, weight_of
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,24 @@ from transformers import PreTrainedModel
 
 from .allocation import Plan, check_plan, check_ratio, keep_best, n_removed
 from .capture import BlockStream
-from .cost import count_parameters
 from .criteria import Criterion, Seen, second_moment
 from .distributed import all_sum, all_sums, all_windows, check_same, is_first, rank_and_size, share_of
-from .evaluate import check_tokens
 from .families import Kind
 from .large import WorkFolder, fingerprint, is_lazy, resident, with_smaller_batches
 from .moments import Moments
 from .reconstruct import Solution, add_to_bias
 from .reconstruct import refit as refit_linears
-from .structure import Depth2Module, UnsupportedModule, blocks_of, blocks_path, depth2_modules, family_of, weight_of
+from .structure import (
+    Depth2Module,
+    UnsupportedModule,
+    blocks_of,
+    blocks_path,
+    check_tokens,
+    count_parameters,
+    depth2_modules,
+    family_of,
+    weight_of,
+)
 from .surgery import remove_units, undone_on_error
 
 if TYPE_CHECKING:

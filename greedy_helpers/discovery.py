@@ -30,6 +30,7 @@ from .structure import (
     UnsupportedModule,
     channel_index,
     depth2_modules,
+    linears_of,
     product,
     weight_of,
 )
@@ -53,11 +54,6 @@ class Units:
     inputs: Tensor
     outputs: dict[str, Tensor]
     shared: dict[str, Tensor]
-
-
-def linears_of(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear layer by path, in the order of the model's definition."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def coupling(model: PreTrainedModel, tokens: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
