@@ -75,7 +75,7 @@ heads = partial(ModuleLayout, "attention")
 
 
 def alibi_heads(level1: str, level2: str, attributes: dict[str, str], **rest) -> ModuleLayout:
-    """Attention as Bloom and Falcon have it, which folds alibi into a mask with one slice per head."""
+    """Attention as Bloom and Falcon have it. Falcon folds alibi into a mask with one slice per head."""
     inputs = ("alibi", "attention_mask")
     projection, output = {"query_key_value": level1}, {"dense": level2}
     return heads("self_attention", projection, output, attributes, head_inputs=inputs, **rest)

@@ -8,7 +8,8 @@ its input channels out of level 2; nothing outside the module changes shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -133,6 +134,19 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Dropout is off within the `with`; behind it every model is back in the mode it was in before."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     """Refuse token ids the model cannot read, before any work is done.
 
@@ -165,8 +179,8 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
     A ratio is of the blocks' units, so "25% pruned" is less than 25% of the model: quote both.
     """
-    total = {id(p): p.numel() for p in model.parameters()}
-    return {"total": sum(total.values()), "blocks": sum(p.numel() for p in blocks_of(model).parameters())}
+    parts = {"total": model, "blocks": blocks_of(model)}
+    return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 
 def depth2_modules(
