@@ -22,7 +22,6 @@ from .cost import (
     compare_latency,
     cost_table,
     count_macs,
-    count_parameters,
     latency_table,
     peak_memory,
     weight_bytes,
@@ -55,7 +54,7 @@ from .data import (
     random_tokens,
     self_generated_tokens,
 )
-from .discover import Units, coupling, discover, find_units, linears_of, tiny_twin
+from .discovery import Units, coupling, discover, find_units, tiny_twin
 from .evaluate import Text, TextScore, evaluate_text, generate_text, perplexity, read_text, token_losses
 from .families import FAMILIES, Family, ModuleLayout
 from .greedy import Elimination, eliminate, exact_greedy, swap
@@ -79,8 +78,10 @@ from .structure import (
     blocks_of,
     blocks_path,
     channel_index,
+    count_parameters,
     depth2_modules,
     family_of,
+    linears_of,
     set_weight,
     weight_of,
 )

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cost import count_parameters
-from .structure import Depth2Module, blocks_of, depth2_modules, weight_of
+from .structure import Depth2Module, blocks_of, count_parameters, depth2_modules, weight_of
 
 Plan = Mapping[str, int]
 

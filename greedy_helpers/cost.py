@@ -6,7 +6,6 @@ import ctypes
 import gc
 import inspect
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,22 +21,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .checkpoint import disk_bytes
 from .data import forward_cached
-from .discover import linears_of
-from .evaluate import check_tokens
-from .structure import blocks_of, depth2_modules
+from .structure import blocks_of, check_tokens, count_parameters, depth2_modules, eval_mode, linears_of
 
 T = TypeVar("T")
 _PEAK_RESET = Path("/proc/self/clear_refs")  # man 5 proc
+_PHASES = ("prefill", "decode")
 _WARM_UP = 2  # untimed rounds: lazy initialisation, caches, clock frequencies
-
-
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of the whole model (tied ones once) and of its blocks alone.
-
-    A ratio is of the blocks' units, so "25% pruned" is less than 25% of the model: quote both.
-    """
-    total = {id(p): p.numel() for p in model.parameters()}
-    return {"total": sum(total.values()), "blocks": sum(p.numel() for p in blocks_of(model).parameters())}
 
 
 def count_macs(
@@ -87,11 +76,11 @@ def _query_channels(model: PreTrainedModel) -> list[int]:
     config = model.config
     heads = config.num_attention_heads
     whole = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    found = [whole] * len(blocks_of(model))  # attention that cannot be cut is as the config says
+    channels = [whole] * len(blocks_of(model))  # attention that cannot be cut is as the config says
     for module in depth2_modules(model):
         if module.kind == "attention":
-            found[module.block] = module.level2.n_channels
-    return found
+            channels[module.block] = module.level2.n_channels
+    return channels
 
 
 def _cached(model: PreTrainedModel, n_blocks: int, cache: int) -> list[int]:
@@ -106,7 +95,7 @@ def _cached(model: PreTrainedModel, n_blocks: int, cache: int) -> list[int]:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters in memory, tied ones once: a safetensors file is larger only by its header."""
-    return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 # --- peak memory
@@ -114,7 +103,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 @dataclass
 class PeakMemory:
-    """What :func:`peak_memory` found; complete when its `with` block has ended.
+    """What :func:`peak_memory` measures; complete when its `with` block has ended.
 
     Attributes:
         start, peak: bytes in use when the block began, and the most at any moment of it.
@@ -158,12 +147,12 @@ def peak_memory(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
     else:
         read = _resident_peak()
         start = read()
-    found = PeakMemory(start, start)
+    memory = PeakMemory(start, start)
     try:
-        yield found
+        yield memory
     finally:
         _synchronize(device)
-        found.peak = max(start, read())
+        memory.peak = max(start, read())
 
 
 def _resident_peak() -> Callable[[], int]:
@@ -187,24 +176,22 @@ def _resident_peak() -> Callable[[], int]:
 # --- latency
 
 
-@torch.no_grad()
 def compare_latency(models: Mapping[str, PreTrainedModel], tokens: Tensor, repeats: int = 9) -> dict[str, float]:
     """Median seconds of one forward pass over `tokens` (long [batch, seq]) per model, measured side by side.
 
     The models take turns within every repeat, so a machine that slows down slows all of them: compare the numbers
     of one call with each other, not with those of another day. Two untimed passes come first.
+
+    Raises:
+        TypeError, ValueError: tokens that a model cannot read (:func:`~greedy_helpers.structure.check_tokens`).
     """
-    for model in models.values():
-        check_tokens(model, tokens)
 
-    def forward(model: PreTrainedModel) -> float:
-        batch = tokens.to(model.device)
-        return _timed(model.device, lambda: model(input_ids=batch, use_cache=False))[0]
+    def forward(model: PreTrainedModel, batch: Tensor) -> tuple[float]:
+        return (_timed(model.device, lambda: model(input_ids=batch, use_cache=False))[0],)
 
-    return {name: statistics.median(found) for name, found in _take_turns(models, forward, repeats).items()}
+    return {name: spread["median"] for name, (spread,) in _take_turns(models, tokens, forward, repeats).items()}
 
 
-@torch.no_grad()
 def latency_table(
     models: Mapping[str, PreTrainedModel],
     tokens: Tensor,
@@ -220,7 +207,7 @@ def latency_table(
     all weights for every single token and is limited, at small batches, by memory traffic and by the fixed cost of
     launching each layer, which no pruning of units removes. Expect a smaller speed-up there.
 
-    As in :func:`compare_latency` the models take turns, behind two untimed rounds. The prompt fills the KV cache; then
+    As in :func:`compare_latency` the models take turns, after two untimed rounds. The prompt fills the KV cache; then
     `new_tokens` steps of one token per window follow, all timed together. Where the model's forward takes
     `logits_to_keep`, the prefill computes the last position's logits only, as `generate` does.
 
@@ -257,28 +244,22 @@ def latency_table(
         if not model.can_generate():
             raise ValueError(f"latency_table: {name}: expected a model that generates, found {type(model).__name__}")
 
+    def generate(model: PreTrainedModel, prompt: Tensor) -> tuple[float, float]:
+        last_only = _last_logits_only(model)
+        prefill, (_, cache) = _timed(model.device, lambda: forward_cached(model, prompt, None, **last_only), clock)
+
+        def decode() -> None:
+            longer = cache
+            for _ in range(new_tokens):
+                _, longer = forward_cached(model, prompt[:, -1:], longer)  # any token takes equally long
+
+        return prefill, _timed(model.device, decode, clock)[0] / new_tokens
+
     rows = []
     for size in batch_sizes:
-
-        def generate(model: PreTrainedModel, size: int = size) -> tuple[float, float]:
-            prompt = tokens[:size].to(model.device)
-            last_only = _last_logits_only(model)
-            prefill, (_, cache) = _timed(model.device, lambda: forward_cached(model, prompt, None, **last_only), clock)
-            latest = prompt[:, -1:]  # any token takes equally long
-
-            def decode() -> None:
-                behind = cache
-                for _ in range(new_tokens):
-                    _, behind = forward_cached(model, latest, behind)
-
-            return prefill, _timed(model.device, decode, clock)[0] / new_tokens
-
-        for name, pairs in _take_turns(models, generate, repeats).items():
-            for phase, seconds, n_tokens in zip(
-                ("prefill", "decode"), zip(*pairs, strict=True), (size * seq, size), strict=True
-            ):
-                low, median, high = pd.Series(seconds).quantile([0.25, 0.5, 0.75])
-                rows.append([name, phase, size, seq, median, high - low, n_tokens / median])
+        for name, spreads in _take_turns(models, tokens[:size], generate, repeats).items():
+            for phase, spread, n_tokens in zip(_PHASES, spreads, (size * seq, size), strict=True):
+                rows.append([name, phase, size, seq, spread["median"], spread["iqr"], n_tokens / spread["median"]])
     return pd.DataFrame(rows, columns="model phase batch seq seconds iqr tokens_per_second".split())
 
 
@@ -286,24 +267,29 @@ def _last_logits_only(model: PreTrainedModel) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+@torch.no_grad()
 def _take_turns(
-    models: Mapping[str, PreTrainedModel], measure: Callable[[PreTrainedModel], T], repeats: int
-) -> dict[str, list[T]]:
-    """`measure` of every model in turn, round after round in eval mode; the first rounds are thrown away."""
-    found: dict[str, list[T]] = {name: [] for name in models}
-    was_training = {name: model.training for name, model in models.items()}
-    try:
-        for model in models.values():
-            model.eval()
-        for repeat in range(-_WARM_UP, repeats):
+    models: Mapping[str, PreTrainedModel],
+    tokens: Tensor,
+    measure: Callable[[PreTrainedModel, Tensor], tuple[float, ...]],
+    repeats: int,
+) -> dict[str, list[dict[str, float]]]:
+    """Median and interquartile range of what `measure(model, tokens)` returns, in eval mode, one of each per number.
+
+    Every round measures every model once. The first rounds are thrown away.
+    """
+    for model in models.values():
+        check_tokens(model, tokens)
+    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in models}
+    with eval_mode(*models.values()):
+        for _ in range(_WARM_UP + repeats):
             for name, model in models.items():
-                value = measure(model)
-                if repeat >= 0:
-                    found[name].append(value)
-    finally:
-        for name, model in models.items():
-            model.train(was_training[name])
-    return found
+                measured[name].append(measure(model, tokens.to(model.device)))
+    quartiles = {name: pd.DataFrame(rounds[_WARM_UP:]).quantile([0.25, 0.5, 0.75]) for name, rounds in measured.items()}
+    return {
+        name: [{"median": median, "iqr": high - low} for low, median, high in table.T.to_numpy()]
+        for name, table in quartiles.items()
+    }
 
 
 def _timed(
@@ -344,7 +330,7 @@ def cost_table(
 
     Returns:
         Index: the models' names. Columns: `block_parameters`, `parameters`, `bytes` (of the weights in memory),
-        `disk_bytes` (with `folders`), `prefill_macs`, `decode_macs` (see :func:`count_macs`; the first token behind
+        `disk_bytes` (with `folders`), `prefill_macs`, `decode_macs` (see :func:`count_macs`; the first token after
         the prompt), `prefill_seconds`, `decode_seconds` (medians; per step), each followed by `..._ratio`;
         `prefill_iqr` and `decode_iqr`, the spread of the seconds; and the three speed-ups.
 
@@ -352,7 +338,7 @@ def cost_table(
         As :func:`latency_table` and :func:`count_macs`. FileNotFoundError: a folder without weights.
     """
     batch, seq = tokens.shape
-    rows: dict[str, dict[str, float]] = {}
+    rows = {}
     for name, model in models.items():
         parameters = count_parameters(model)
         rows[name] = {
@@ -363,20 +349,19 @@ def cost_table(
             "prefill_macs": count_macs(model, seq, batch, **_last_logits_only(model))["total"],
             "decode_macs": count_macs(model, 1, batch, cache=seq)["total"],
         }
-    spreads = {}
+    costs = pd.DataFrame.from_dict(rows, orient="index")
+    phases = _PHASES if repeats else ()
     if repeats:
         how = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock}
-        measured = latency_table(models, tokens, batch_sizes=[batch], **how)
-        for row in measured.itertuples():
-            rows[row.model][f"{row.phase}_seconds"] = row.seconds
-            spreads.setdefault(f"{row.phase}_iqr", {})[row.model] = row.iqr
-    plain = pd.DataFrame.from_dict(rows, orient="index")
-    table = {}
-    for column in plain:
-        table[column] = plain[column]
-        table[f"{column}_ratio"] = plain[column] / plain[column].iloc[0]
-    found = pd.DataFrame(table | spreads)
-    found["ideal_speedup"] = 1 / found["parameters_ratio"]
-    for phase in ("prefill", "decode") if repeats else ():
-        found[f"{phase}_speedup"] = 1 / found[f"{phase}_seconds_ratio"]
-    return found
+        measured = latency_table(models, tokens, batch_sizes=[batch], **how).set_index(["phase", "model"])
+    for phase in phases:
+        costs[f"{phase}_seconds"] = measured.seconds[phase]
+    table = pd.DataFrame(index=costs.index)
+    for column in costs:
+        table[column] = costs[column]
+        table[f"{column}_ratio"] = costs[column] / costs[column].iloc[0]
+    for phase in phases:
+        table[f"{phase}_iqr"] = measured.iqr[phase]
+    for column, cost in {"ideal": "parameters", **{phase: f"{phase}_seconds" for phase in phases}}.items():
+        table[f"{column}_speedup"] = 1 / table[f"{cost}_ratio"]
+    return table

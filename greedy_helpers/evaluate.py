@@ -14,34 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Split, documents, separator_id
-from .structure import input_device
-
-
-def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Refuse token ids the model cannot read, before any work is done.
-
-    Raises:
-        TypeError: not an integer tensor.
-        ValueError: not of shape [n, seq] with seq >= 2, empty, longer than the model's context, or ids outside the
-            vocabulary.
-    """
-    if tokens.dtype not in (torch.long, torch.int):
-        raise TypeError(f"expected token ids as a long tensor [n, seq], found dtype {tokens.dtype}")
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise ValueError(f"expected token ids of shape [n >= 1, seq >= 2], found {list(tokens.shape)}")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and tokens.shape[1] > context:
-        raise ValueError(
-            f"expected windows of at most {context} tokens, the context of {type(model).__name__}, "
-            f"found {tokens.shape[1]}"
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"expected token ids in [0, {vocabulary}), the vocabulary of {type(model).__name__}, "
-            f"found ids from {low} to {high}; were the tokens made by another model's tokenizer?"
-        )
+from .structure import check_tokens, input_device
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ unit and is never cut. `greedy_helpers.discover` finds the entry of a family tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 Kind = Literal["attention", "ffn", "gated_ffn"]
@@ -70,234 +71,142 @@ class Family:
     export_as: str | None = None
 
 
-_QKV = {"q_proj": "kv group dim", "k_proj": "kv dim", "v_proj": "kv dim"}
-_HEADS = {"num_attention_heads": "kv group", "num_key_value_heads": "kv", "head_dim": "dim"}
-_WIDTH = {"intermediate_size": "unit"}
-_GATED = ModuleLayout(
-    "gated_ffn", "mlp", {"gate_proj": "unit", "up_proj": "unit"}, {"down_proj": "unit"}, config=_WIDTH
-)
-_LLAMA = Family(
-    "layers", (ModuleLayout("attention", "self_attn", _QKV, {"o_proj": "kv group dim"}, config=_HEADS), _GATED)
-)
+heads = partial(ModuleLayout, "attention")
+
+
+def alibi_heads(level1: str, level2: str, attributes: dict[str, str], **rest) -> ModuleLayout:
+    """Attention as Bloom and Falcon have it. Falcon folds alibi into a mask with one slice per head."""
+    inputs = ("alibi", "attention_mask")
+    projection, output = {"query_key_value": level1}, {"dense": level2}
+    return heads("self_attention", projection, output, attributes, head_inputs=inputs, **rest)
+
+
+def gated(level1: dict[str, str]) -> ModuleLayout:
+    """A gated FFN as Llama has it, whose gate and up projection are `level1`."""
+    return ModuleLayout("gated_ffn", "mlp", level1, {"down_proj": "unit"}, config={"intermediate_size": "unit"})
+
+
+def ffn(owner: str, level1: str, level2: str, width: str | None = "intermediate_size") -> ModuleLayout:
+    """An FFN of two linear layers, whose width a config calls `width`; None: no config can say it."""
+    return ModuleLayout("ffn", owner, {level1: "unit"}, {level2: "unit"}, config={width: "unit"} if width else {})
+
+
+def family(blocks: str, *modules: ModuleLayout, **rest) -> Family:
+    """A :class:`Family` whose modules are listed one by one."""
+    return Family(blocks, modules, **rest)
+
+
+_QKV = dict.fromkeys(["q_proj", "k_proj", "v_proj"], "kv dim")
+_GROUPED = _QKV | {"q_proj": "kv group dim"}
+_COUNTS = {"num_attention_heads": "kv group", "num_key_value_heads": "kv", "head_dim": "dim"}
+_ATTENTION = heads("self_attn", _GROUPED, {"o_proj": "kv group dim"}, config=_COUNTS)
+_GATED = gated({"gate_proj": "unit", "up_proj": "unit"})
+_FUSED_GATED = gated({"gate_up_proj": "unit | unit"})
+_LLAMA = family("layers", _ATTENTION, _GATED)
+_GPT2_FFN = ffn("mlp", "c_fc", "c_proj", "n_inner")
+_FALCON_FFN = ffn("mlp", "dense_h_to_4h", "dense_4h_to_h", "ffn_hidden_size")
 _COUPLED = (
     "its q_norm and k_norm normalise over all heads at once, so a head that goes changes every other: removing heads "
     "cannot equal zeroing them"
 )
-_ALIBI = ("alibi", "attention_mask")  # falcon folds alibi into a mask with one slice per head
-_FALCON_FFN = ModuleLayout(
-    "ffn", "mlp", {"dense_h_to_4h": "unit"}, {"dense_4h_to_h": "unit"}, config={"ffn_hidden_size": "unit"}
-)
-_BIGCODE_FFN = ModuleLayout("ffn", "mlp", {"c_fc": "unit"}, {"c_proj": "unit"}, config={"n_inner": "unit"})
 
 # "type:flag" is the entry for configs of that type whose attribute `flag` is true; it is asked before "type".
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_LLAMA.blocks, _LLAMA.modules, export_as="Mistral"),
-    **dict.fromkeys(
-        ["cohere", "gemma2", "gemma3_text", "granite", "mistral", "olmo", "qwen2", "qwen3", "smollm3"], _LLAMA
-    ),
-    "olmo2": Family("layers", (_GATED,), whole={"self_attn": _COUPLED}),
-    "stablelm": Family(
+    "llama": replace(_LLAMA, export_as="Mistral"),
+    **dict.fromkeys("cohere gemma2 gemma3_text granite mistral olmo qwen2 qwen3 smollm3".split(), _LLAMA),
+    "olmo2": family("layers", _GATED, whole={"self_attn": _COUPLED}),
+    "stablelm": family(
         "layers",
-        (
-            ModuleLayout(
-                "attention",
-                "self_attn",
-                _QKV,
-                {"o_proj": "kv group dim"},
-                {"num_heads": "kv group", "num_key_value_heads": "kv"},
-                lists={"q_layernorm.norms": "kv group", "k_layernorm.norms": "kv"},
-            ),
-            _GATED,
+        heads(
+            "self_attn", _GROUPED, {"o_proj": "kv group dim"}, {"num_heads": "kv group", "num_key_value_heads": "kv"},
+            lists={"q_layernorm.norms": "kv group", "k_layernorm.norms": "kv"},
         ),
+        _GATED,
     ),
-    "glm": Family(
+    "glm": family("layers", _ATTENTION, _FUSED_GATED),
+    "phi3": family(
         "layers",
-        (
-            _LLAMA.modules[0],
-            ModuleLayout("gated_ffn", "mlp", {"gate_up_proj": "unit | unit"}, {"down_proj": "unit"}, config=_WIDTH),
+        heads(
+            "self_attn", {"qkv_proj": "kv group dim | kv dim | kv dim"}, {"o_proj": "kv group dim"},
+            {"num_key_value_heads": "kv", "config.num_attention_heads": "kv group"}, config=_COUNTS,
         ),
+        _FUSED_GATED,
     ),
-    "phi3": Family(
+    "phi": family(
         "layers",
-        (
-            ModuleLayout(
-                "attention",
-                "self_attn",
-                {"qkv_proj": "kv group dim | kv dim | kv dim"},
-                {"o_proj": "kv group dim"},
-                {"num_key_value_heads": "kv", "config.num_attention_heads": "kv group"},
-                config=_HEADS,
-            ),
-            ModuleLayout("gated_ffn", "mlp", {"gate_up_proj": "unit | unit"}, {"down_proj": "unit"}, config=_WIDTH),
-        ),
+        heads("self_attn", _GROUPED, {"dense": "kv group dim"}, config=_COUNTS),
+        ffn("mlp", "fc1", "fc2"),
     ),
-    "phi": Family(
-        "layers",
-        (
-            ModuleLayout("attention", "self_attn", _QKV, {"dense": "kv group dim"}, config=_HEADS),
-            ModuleLayout("ffn", "mlp", {"fc1": "unit"}, {"fc2": "unit"}, config=_WIDTH),
-        ),
-    ),
-    "starcoder2": Family(
-        "layers",
-        (_LLAMA.modules[0], ModuleLayout("ffn", "mlp", {"c_fc": "unit"}, {"c_proj": "unit"}, config=_WIDTH)),
-    ),
-    "gpt2": Family(
+    "starcoder2": family("layers", _ATTENTION, ffn("mlp", "c_fc", "c_proj")),
+    "gpt2": family(
         "h",
-        (
-            ModuleLayout(
-                "attention",
-                "attn",
-                {"c_attn": "kv dim | kv dim | kv dim"},
-                {"c_proj": "kv dim"},
-                {"num_heads": "kv", "split_size": "kv dim"},
-            ),
-            ModuleLayout("ffn", "mlp", {"c_fc": "unit"}, {"c_proj": "unit"}, config={"n_inner": "unit"}),
+        heads(
+            "attn", {"c_attn": "kv dim | kv dim | kv dim"}, {"c_proj": "kv dim"},
+            {"num_heads": "kv", "split_size": "kv dim"},
         ),
+        _GPT2_FFN,
     ),
-    "gpt_bigcode:multi_query": Family(
+    "gpt_bigcode:multi_query": family(
         "h",
-        (
-            ModuleLayout(
-                "attention",
-                "attn",
-                {"c_attn": "head dim | dim | dim"},
-                {"c_proj": "head dim"},
-                {"embed_dim": "head dim", "num_heads": "head", "num_key_value_groups": "head"},
-            ),
-            _BIGCODE_FFN,
+        heads(
+            "attn", {"c_attn": "head dim | dim | dim"}, {"c_proj": "head dim"},
+            {"embed_dim": "head dim", "num_heads": "head", "num_key_value_groups": "head"},
         ),
+        _GPT2_FFN,
     ),
-    "gpt_bigcode": Family(
+    "gpt_bigcode": family(
         "h",
-        (
-            ModuleLayout("attention", "attn", {"c_attn": "kv 3 dim"}, {"c_proj": "kv dim"}, {"num_heads": "kv"}),
-            _BIGCODE_FFN,
-        ),
+        heads("attn", {"c_attn": "kv 3 dim"}, {"c_proj": "kv dim"}, {"num_heads": "kv"}),
+        _GPT2_FFN,
     ),
-    "gpt_neo": Family(
+    "gpt_neo": family(
         "h",
-        (
-            ModuleLayout(
-                "attention",
-                "attn.attention",
-                {"q_proj": "kv dim", "k_proj": "kv dim", "v_proj": "kv dim"},
-                {"out_proj": "kv dim"},
-                {"num_heads": "kv"},
-            ),
-            ModuleLayout("ffn", "mlp", {"c_fc": "unit"}, {"c_proj": "unit"}, config=_WIDTH),
-        ),
+        heads("attn.attention", _QKV, {"out_proj": "kv dim"}, {"num_heads": "kv"}),
+        ffn("mlp", "c_fc", "c_proj"),
     ),
-    "gptj": Family(
+    "gptj": family(
         "h",
-        (
-            ModuleLayout(
-                "attention",
-                "attn",
-                {"q_proj": "kv dim", "k_proj": "kv dim", "v_proj": "kv dim"},
-                {"out_proj": "kv dim"},
-                {"num_attention_heads": "kv"},
-            ),
-            ModuleLayout("ffn", "mlp", {"fc_in": "unit"}, {"fc_out": "unit"}, config={"n_inner": "unit"}),
-        ),
+        heads("attn", _QKV, {"out_proj": "kv dim"}, {"num_attention_heads": "kv"}),
+        ffn("mlp", "fc_in", "fc_out", "n_inner"),
     ),
-    "gpt_neox": Family(
+    "gpt_neox": family(
         "layers",
-        (
-            ModuleLayout(
-                "attention",
-                "attention",
-                {"query_key_value": "kv 3 dim"},
-                {"dense": "kv dim"},
-                sizes={"dim": "head_size"},
-            ),
-            ModuleLayout("ffn", "mlp", {"dense_h_to_4h": "unit"}, {"dense_4h_to_h": "unit"}, config=_WIDTH),
-        ),
+        heads("attention", {"query_key_value": "kv 3 dim"}, {"dense": "kv dim"}, sizes={"dim": "head_size"}),
+        ffn("mlp", "dense_h_to_4h", "dense_4h_to_h"),
     ),
-    "opt": Family(
+    "opt": family(
         "decoder.layers",
-        (
-            ModuleLayout(
-                "attention",
-                "self_attn",
-                {"q_proj": "kv dim", "k_proj": "kv dim", "v_proj": "kv dim"},
-                {"out_proj": "kv dim"},
-                {"num_heads": "kv"},
-            ),
-            ModuleLayout("ffn", "", {"fc1": "unit"}, {"fc2": "unit"}, config={"ffn_dim": "unit"}),
-        ),
+        heads("self_attn", _QKV, {"out_proj": "kv dim"}, {"num_heads": "kv"}),
+        ffn("", "fc1", "fc2", "ffn_dim"),
     ),
-    "bloom": Family(
+    "bloom": family(
         "h",
-        (
-            ModuleLayout(
-                "attention",
-                "self_attention",
-                {"query_key_value": "kv 3 dim"},
-                {"dense": "kv dim"},
-                {"num_heads": "kv"},
-                head_inputs=_ALIBI,
-            ),
-            ModuleLayout("ffn", "mlp", {"dense_h_to_4h": "unit"}, {"dense_4h_to_h": "unit"}),
-        ),
+        alibi_heads("kv 3 dim", "kv dim", {"num_heads": "kv"}),
+        ffn("mlp", "dense_h_to_4h", "dense_4h_to_h", None),
     ),
-    "falcon:new_decoder_architecture": Family(
+    "falcon:new_decoder_architecture": family(
         "h",
-        (
-            ModuleLayout(
-                "attention",
-                "self_attention",
-                {"query_key_value": "kv group+2 dim"},
-                {"dense": "kv group dim"},
-                {"num_heads": "kv group", "num_kv_heads": "kv"},
-                sizes={"dim": "head_dim", "group": "num_heads // num_kv_heads"},
-                head_inputs=_ALIBI,
-            ),
-            _FALCON_FFN,
+        alibi_heads(
+            "kv group+2 dim", "kv group dim", {"num_heads": "kv group", "num_kv_heads": "kv"},
+            sizes={"dim": "head_dim", "group": "num_heads // num_kv_heads"},
         ),
+        _FALCON_FFN,
     ),
-    "falcon:multi_query": Family(
+    "falcon:multi_query": family(
         "h",
-        (
-            ModuleLayout(
-                "attention",
-                "self_attention",
-                {"query_key_value": "head dim | dim | dim"},
-                {"dense": "head dim"},
-                {"num_heads": "head"},
-                head_inputs=_ALIBI,
-            ),
-            _FALCON_FFN,
-        ),
+        alibi_heads("head dim | dim | dim", "head dim", {"num_heads": "head"}),
+        _FALCON_FFN,
     ),
-    "falcon": Family(
-        "h",
-        (
-            ModuleLayout(
-                "attention",
-                "self_attention",
-                {"query_key_value": "kv 3 dim"},
-                {"dense": "kv dim"},
-                {"num_heads": "kv", "num_kv_heads": "kv"},
-                head_inputs=_ALIBI,
-            ),
-            _FALCON_FFN,
-        ),
-    ),
-    "bert": Family(
+    "falcon": family("h", alibi_heads("kv 3 dim", "kv dim", {"num_heads": "kv", "num_kv_heads": "kv"}), _FALCON_FFN),
+    "bert": family(
         "encoder.layer",
-        (
-            ModuleLayout(
-                "attention",
-                "attention",
-                {"self.query": "kv dim", "self.key": "kv dim", "self.value": "kv dim"},
-                {"output.dense": "kv dim"},
-                sizes={"dim": "self.attention_head_size"},
-            ),
-            ModuleLayout("ffn", "", {"intermediate.dense": "unit"}, {"output.dense": "unit"}, config=_WIDTH),
+        heads(
+            "attention", dict.fromkeys(["self.query", "self.key", "self.value"], "kv dim"), {"output.dense": "kv dim"},
+            sizes={"dim": "self.attention_head_size"},
         ),
+        ffn("", "intermediate.dense", "output.dense"),
     ),
-}
+}  # fmt: skip
 
 _EXPERTS = "mixture of experts: a token sees only some of the FFNs, stored in one 3-d parameter each, not in linears"
 _LATENT = "multi-head latent attention: keys and values of all heads come from one low-rank projection"

@@ -8,7 +8,8 @@ its input channels out of level 2; nothing outside the module changes shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -126,6 +127,60 @@ def input_device(model: PreTrainedModel) -> torch.device:
     embeddings = model.get_input_embeddings()
     device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return embeddings.weight.device if device is None else torch.device(device)
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Every linear layer by path, in the order of the model's definition."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Dropout is off within the `with`; behind it every model is back in the mode it was in before."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Refuse token ids the model cannot read, before any work is done.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: not of shape [n, seq] with seq >= 2, empty, longer than the model's context, or ids outside the
+            vocabulary.
+    """
+    if tokens.dtype not in (torch.long, torch.int):
+        raise TypeError(f"expected token ids as a long tensor [n, seq], found dtype {tokens.dtype}")
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"expected token ids of shape [n >= 1, seq >= 2], found {list(tokens.shape)}")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens.shape[1] > context:
+        raise ValueError(
+            f"expected windows of at most {context} tokens, the context of {type(model).__name__}, "
+            f"found {tokens.shape[1]}"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"expected token ids in [0, {vocabulary}), the vocabulary of {type(model).__name__}, "
+            f"found ids from {low} to {high}; were the tokens made by another model's tokenizer?"
+        )
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of the whole model (tied ones once) and of its blocks alone.
+
+    A ratio is of the blocks' units, so "25% pruned" is less than 25% of the model: quote both.
+    """
+    parts = {"total": model, "blocks": blocks_of(model)}
+    return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 
 def depth2_modules(

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import load_tokenizer
 from .data import default_sources, documents
-from .evaluate import check_tokens
+from .structure import check_tokens
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -405,7 +405,7 @@ def multiple_choice(
 
     Raises:
         ValueError: no items, an item that is longer than the model's context, or one that leaves nothing to score.
-        TypeError, ValueError: see :func:`~greedy_helpers.evaluate.check_tokens`.
+        TypeError, ValueError: see :func:`~greedy_helpers.structure.check_tokens`.
         FloatingPointError: the model returned NaN or Inf.
     """
     if not items:

@@ -30,7 +30,7 @@ from greedy_helpers import (
     undone_on_error,
     zero_units,
 )
-from greedy_helpers.discover import find_units
+from greedy_helpers.discovery import find_units
 from greedy_helpers.families import REFUSED
 from greedy_helpers.structure import family_of, weight_of
 

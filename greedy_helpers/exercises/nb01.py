@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..discover import find_units
+from ..discovery import find_units
 from ..structure import channel_index
 from .common import expect, is_index
 

@@ -26,18 +26,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .capture import cut_graph
 from .families import REFUSED, Family, ModuleLayout
-from .structure import (
-    UnsupportedModule,
-    channel_index,
-    depth2_modules,
-    product,
-    weight_of,
-)
+from .structure import UnsupportedModule, channel_index, depth2_modules, eval_mode, linears_of, product, weight_of
 from .surgery import remove_units, zero_units
 
 # Sizes of the twin: no two axes, nor their products, are equal, so a number says which axis it is.
 _KV, _GROUP, _DIM, _FFN, _BLOCKS, _VOCABULARY = 4, 3, 8, 40, 2, 64
 _HEAD_INPUTS = ("alibi", "attention_mask")
+
+
+class _StaysWhole(Exception):
+    """Why the units of a module cannot go one by one."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,6 @@ class Units:
     inputs: Tensor
     outputs: dict[str, Tensor]
     shared: dict[str, Tensor]
-
-
-def linears_of(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear layer by path, in the order of the model's definition."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def coupling(model: PreTrainedModel, tokens: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
@@ -79,36 +72,32 @@ def coupling(model: PreTrainedModel, tokens: Tensor | None = None) -> dict[str, 
         raise ValueError(f"coupling: expected a sequence of at least 4 token ids, found shape {list(tokens.shape)}")
     linears = linears_of(model)
     batch = max(weight_of(linear).shape[1] for linear in linears.values())
-    was_training = model.training
-    model.eval()
-    try:
-        with cut_graph(linears) as (inputs, outputs), torch.enable_grad():
-            model(input_ids=tokens.to(model.device).expand(batch, -1), **_no_cache(model))
-    finally:
-        model.train(was_training)
-    found: dict[str, dict[str, Tensor]] = {}
+    with eval_mode(model), cut_graph(linears) as (inputs, outputs), torch.enable_grad():
+        _run(model, tokens.to(model.device).expand(batch, -1))
+    coupled: dict[str, dict[str, Tensor]] = {}
     for reader, x in inputs.items():
-        x = x.reshape(batch, -1, x.shape[-1])  # some models flatten batch and sequence
         if not x.requires_grad:
             continue
+        x = x.reshape(batch, -1, x.shape[-1])  # some models flatten batch and sequence
         d_in = x.shape[-1]
         # Sample b asks about channel b; random weights over the positions, as plain sums may cancel.
         weights = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
         asked = (x[:d_in].diagonal(dim1=0, dim2=2) * weights[:, None]).sum()  # diagonal: [positions, d_in]
-        writers = list(outputs)
-        gradients = torch.autograd.grad(asked, [outputs[w] for w in writers], retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(asked, list(outputs.values()), retain_graph=True, allow_unused=True)
         rows = {
             writer: g.reshape(batch, -1, g.shape[-1])[:d_in].abs().amax(1) > 0
-            for writer, g in zip(writers, gradients, strict=True)
+            for writer, g in zip(outputs, gradients, strict=True)
             if g is not None
         }
         if connected := {writer: row for writer, row in rows.items() if row.any()}:
-            found[reader] = connected  # a reader of the embeddings alone has none
-    return found
+            coupled[reader] = connected  # a reader of the embeddings alone has none
+    return coupled
 
 
-def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
-    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+def _run(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the model returns first, without a KV cache."""
+    no_cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    return model(input_ids=tokens, **no_cache)[0]
 
 
 def find_units(coupled: Mapping[str, Tensor]) -> Units | None:
@@ -125,8 +114,7 @@ def find_units(coupled: Mapping[str, Tensor]) -> Units | None:
 
 def _has_gaps(rows: Tensor) -> Tensor:
     """For every column of bool [d_in, d_out] whether its True entries are more than one stretch."""
-    starts = rows.int().diff(dim=0, prepend=torch.zeros(1, rows.shape[1], dtype=torch.int, device=rows.device)) == 1
-    return starts.sum(0) > 1
+    return rows[0].int() + (rows[1:] & ~rows[:-1]).sum(0) > 1
 
 
 def _pieces(coupled: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Units | None:
@@ -171,7 +159,7 @@ def tiny_twin(model: PreTrainedModel, grouped: bool = True, kv_heads: int = _KV)
                     parameter.uniform_(0.7, 1.3)
                 else:
                     parameter.normal_(0, 0.2)
-            twin(input_ids=torch.zeros(1, 8, dtype=torch.long), **_no_cache(twin))
+            _run(twin, torch.zeros(1, 8, dtype=torch.long))
     except Exception as error:
         raise ValueError(
             f"tiny_twin: {type(model.config).__name__} does not shrink to {kv_heads} heads or KV groups of {_DIM} "
@@ -231,24 +219,21 @@ def discover(model: PreTrainedModel, twin: PreTrainedModel | None = None) -> Fam
     if model_type in REFUSED:
         raise UnsupportedModule(f"discover: model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if stacked := [name for name, parameter in model.named_parameters() if parameter.ndim == 3]:
-        what = (
-            "a convolution over time (linear attention?)" if "conv" in stacked[0] else "a stack of matrices (experts?)"
-        )
+        convolution, stack = "a convolution over time (linear attention?)", "a stack of matrices (experts?)"
+        what = convolution if "conv" in stacked[0] else stack
         raise UnsupportedModule(f"discover: {stacked[0]} is {what}, no linear layer to cut")
-    second = None
-    if twin is None:
-        twin, second = _twins(model)
+    twin, *others = _twins(model) if twin is None else [twin]
     family = _read_structure(twin)
     modules, whole = [], dict(family.whole)
     for layout in family.modules:
-        proven = _prove(twin, family, layout)
-        if second is not None and not isinstance(proven, str):
-            reason = _why_not_exact(second, replace(family, modules=(proven,)))
-            proven = proven if reason is None else f"what fits {_KV} heads does not fit {2 * _KV}: {reason}"
-        if isinstance(proven, str):
-            whole[layout.owner] = proven
-        else:
+        try:
+            proven = _prove(twin, family, layout)
+            for other in others:
+                if reason := _why_not_exact(other, replace(family, modules=(proven,))):
+                    raise _StaysWhole(f"what fits {_KV} heads does not fit {2 * _KV}: {reason}")
             modules.append(proven)
+        except _StaysWhole as reason:
+            whole[layout.owner] = str(reason)
     if not modules:
         raise UnsupportedModule(f"discover: nothing in {type(model).__name__} can be cut exactly: {whole}")
     family = replace(family, modules=tuple(modules), whole=whole)
@@ -258,10 +243,9 @@ def discover(model: PreTrainedModel, twin: PreTrainedModel | None = None) -> Fam
 
 def _twins(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Two twins, one with twice the heads of the other: grouped if the config allows it."""
-    try:
+    with suppress(ValueError):
         return tiny_twin(model), tiny_twin(model, kv_heads=2 * _KV)
-    except ValueError:
-        return tiny_twin(model, grouped=False), tiny_twin(model, grouped=False, kv_heads=2 * _KV)
+    return tiny_twin(model, grouped=False), tiny_twin(model, grouped=False, kv_heads=2 * _KV)
 
 
 def _read_structure(twin: PreTrainedModel) -> Family:
@@ -271,22 +255,13 @@ def _read_structure(twin: PreTrainedModel) -> Family:
     for reader, coupled in coupling(twin).items():
         place, _, below = reader.partition(last)
         # Level 2 hears from linears of its own block only; who reads the residual stream hears from earlier ones too.
-        if not below or not coupled or not all(writer.startswith(place + last) for writer in coupled):
+        if not below or not all(writer.startswith(place + last) for writer in coupled):
             continue
-        units = find_units(coupled)
-        everywhere = [
-            w for w, s in (units.shared if units else coupled).items() if units is None or w not in units.outputs
-        ]
-        if everywhere:
-            names = ", ".join(writer.rpartition(".")[2] for writer in everywhere)
-            whole[below] = f"every channel of {names} reaches all inputs of {below}: no unit can go alone"
-            continue
-        blocks = place
-        layout = _layout_of(twin, place + last.rstrip("."), reader, units)
-        if isinstance(layout, str):
-            whole[below] = layout
-        else:
-            modules.append(layout)
+        try:
+            modules.append(_layout_of(twin, place + last, reader, coupled))
+            blocks = place
+        except _StaysWhole as reason:
+            whole[below] = str(reason)
     if not modules:
         raise UnsupportedModule(
             f"discover: no linear of {type(twin).__name__} has inputs that fall apart into units ({whole})"
@@ -295,15 +270,17 @@ def _read_structure(twin: PreTrainedModel) -> Family:
     return Family(blocks.removeprefix(prefix), tuple(modules), whole)
 
 
-def _layout_of(twin: PreTrainedModel, block: str, reader: str, units: Units) -> ModuleLayout | str:
-    """The units of one level-2 linear in words, or why there are no words for them."""
-    paths = [name.removeprefix(f"{block}.").split(".") for name in (reader, *units.outputs)]
-    depth = len(_common_start([path[:-1] for path in paths]))
-    owner = ".".join(paths[0][:depth])
-    module = twin.get_submodule(".".join(filter(None, [block, owner])))
-    names = {name: ".".join(path[depth:]) for name, path in zip((reader, *units.outputs), paths, strict=True)}
+def _layout_of(twin: PreTrainedModel, block: str, reader: str, coupled: Mapping[str, Tensor]) -> ModuleLayout:
+    """The units of one level-2 linear in words; `block` is the path of its block with a final dot."""
+    units = find_units(coupled)
+    everywhere = list(coupled) if units is None else [name for name in units.shared if name not in units.outputs]
+    if everywhere:
+        names, below = ", ".join(name.rpartition(".")[2] for name in everywhere), reader.removeprefix(block)
+        raise _StaysWhole(f"every channel of {names} reaches all inputs of {below}: no unit can go alone")
     tables = {reader: units.inputs} | units.outputs
-    sizes: dict[str, str] = {}
+    steps = zip(*(name.split(".")[:-1] for name in tables), strict=False)
+    path = ".".join(step[0] for step in itertools.takewhile(lambda step: len(set(step)) == 1, steps))
+    module, owner = twin.get_submodule(path), f"{path}.".removeprefix(block).rstrip(".")
     if units.inputs.shape[1] == 1:
         kind = "gated_ffn" if sum(table.shape[1] for table in units.outputs.values()) > 1 else "ffn"
         axis, dim, group = "unit", 1, 1
@@ -314,22 +291,22 @@ def _layout_of(twin: PreTrainedModel, block: str, reader: str, units: Units) -> 
     layouts = {}
     for name, table in tables.items():
         n_channels = weight_of(twin.get_submodule(name)).shape[1 if name == reader else 0]
-        layouts[name] = _layout_text(table, n_channels, axis, dim, group)
-        if not torch.equal(channel_index(layouts[name], n_channels, dim=dim, group=group).sort(1).values, table):
-            return f"no layout describes the order of the channels of {name}"
+        text = layouts[name.removeprefix(f"{path}.")] = _layout_text(table, n_channels, axis, dim, group)
+        if not torch.equal(channel_index(text, n_channels, dim=dim, group=group).sort(1).values, table):
+            raise _StaysWhole(f"no layout describes the order of the channels of {name}")
+    sizes: dict[str, str | None] = {}
     if kind == "attention":
         numbers = _numbers(module)
-        sizes["dim"] = _pick([path for path, value in numbers.items() if value == dim], "head_dim", "head")
+        sizes["dim"] = _pick([name for name, value in numbers.items() if value == dim], "head_dim", "head")
         if any("group" in text for text in layouts.values()):
-            quotients = [
-                f"{a} // {b}" for a, x in numbers.items() for b, y in numbers.items() if (x, y) == (_KV * group, _KV)
-            ]
-            exact = [path for path, value in numbers.items() if value == group]
+            exact = [name for name, value in numbers.items() if value == group]
+            pairs = itertools.product(numbers, repeat=2)
+            quotients = [f"{a} // {b}" for a, b in pairs if (numbers[a], numbers[b]) == (_KV * group, _KV)]
             sizes["group"] = _pick(exact, "num_key_value_groups", "group") or _pick(quotients, "", "head")
         if None in sizes.values():
-            return f"no attribute of {owner} says how large its heads or groups are"
-    level1 = {names[writer]: layouts[writer] for writer in units.outputs}
-    return ModuleLayout(kind, owner, level1, {names[reader]: layouts[reader]}, **({"sizes": sizes} if sizes else {}))
+            raise _StaysWhole(f"no attribute of {owner} says how large its heads or groups are")
+    (level2, text), *level1 = layouts.items()
+    return ModuleLayout(kind, owner, dict(level1), {level2: text}, **({"sizes": sizes} if sizes else {}))
 
 
 def _layout_text(table: Tensor, n_channels: int, axis: str, dim: int, group: int) -> str:
@@ -351,35 +328,31 @@ def _runs(channels: Tensor) -> list[tuple[int, int]]:
     return [(values[i], j - i) for i, j in zip(starts, [*starts[1:], len(values)], strict=True)]
 
 
-def _common_start(paths: list[list[str]]) -> list[str]:
-    return [steps[0] for steps in itertools.takewhile(lambda s: len(set(s)) == 1, zip(*paths, strict=False))]
-
-
 def _numbers(module: nn.Module) -> dict[str, int]:
     """The integer attributes of a module and of what is below it, linears aside: path -> value."""
-    found = {}
-    for path, part in module.named_modules():
-        if not isinstance(part, nn.Linear | Conv1D):
-            for name, value in vars(part).items():
-                if type(value) is int and not name.startswith("_"):
-                    found[f"{path}.{name}".lstrip(".")] = value
-    return found
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, part in module.named_modules()
+        if not isinstance(part, nn.Linear | Conv1D)
+        for name, value in vars(part).items()
+        if type(value) is int and not name.startswith("_")
+    }
 
 
 def _pick(candidates: list[str], best: str, hint: str) -> str | None:
     """The candidate with that last name, else one that holds the hint, else any."""
-    ranked = sorted(candidates, key=lambda path: (path.rpartition(".")[2] != best, hint not in path, len(path), path))
-    return ranked[0] if ranked else None
+    return min(candidates, key=lambda c: (c.rpartition(".")[2] != best, hint not in c, len(c), c), default=None)
 
 
-def _prove(twin: PreTrainedModel, family: Family, layout: ModuleLayout) -> ModuleLayout | str:
-    """The layout with the fewest stale attributes repaired that makes the cut exact, or the reason why none does."""
-    (module, *_) = depth2_modules(twin, [_BLOCKS - 1], family=replace(family, modules=(layout,)))
+def _prove(twin: PreTrainedModel, family: Family, layout: ModuleLayout) -> ModuleLayout:
+    """The layout with the fewest stale attributes repaired that makes the cut exact."""
+    (module,) = depth2_modules(twin, [_BLOCKS - 1], family=replace(family, modules=(layout,)))
     axis = next(iter(layout.level2.values())).split()[0]
-    sizes = module.sizes | {axis: module.n_units}
-    products = [axis, f"{axis} group", f"{axis} dim", f"{axis} group dim"] if layout.kind == "attention" else [axis]
+    sizes = {"group": 1} | module.sizes | {axis: module.n_units}
+    is_attention = layout.kind == "attention"
+    products = [axis, f"{axis} group", f"{axis} dim", f"{axis} group dim"] if is_attention else [axis]
     # the shortest product with a value names it, as "kv" and "kv group" are the same where there are no groups
-    meaning = {product(axes, {"group": 1} | sizes): axes for axes in reversed(products)}
+    meaning = {product(axes, sizes): axes for axes in reversed(products)}
     numbers = _numbers(module.owner)
     if hasattr(module.owner, "config"):
         own = vars(module.owner.config)
@@ -390,43 +363,37 @@ def _prove(twin: PreTrainedModel, family: Family, layout: ModuleLayout) -> Modul
         if isinstance(part, nn.ModuleList) and len(part) in meaning
     }
     stale = sorted((path for path, value in numbers.items() if value in meaning), key=lambda p: p.startswith("config."))
-    first_reason = None
-    for head_inputs in ((), _HEAD_INPUTS) if layout.kind == "attention" else ((),):
-        for n_patches in range(min(3, len(stale)) + 1):
-            for chosen in itertools.combinations(stale, n_patches):
-                attributes = {path: meaning[numbers[path]] for path in chosen}
-                candidate = replace(layout, attributes=attributes, lists=lists, head_inputs=head_inputs)
-                reason = _why_not_exact(twin, replace(family, modules=(candidate,)))
-                if reason is None:
-                    return candidate
-                first_reason = first_reason or reason
-    return f"removing units does not equal zeroing them: {first_reason}"
+    choices = [chosen for n_stale in range(4) for chosen in itertools.combinations(stale, n_stale)]
+    reasons = []
+    for head_inputs, chosen in itertools.product([(), _HEAD_INPUTS] if is_attention else [()], choices):
+        attributes = {path: meaning[numbers[path]] for path in chosen}
+        candidate = replace(layout, attributes=attributes, lists=lists, head_inputs=head_inputs)
+        reason = _why_not_exact(twin, replace(family, modules=(candidate,)))
+        if reason is None:
+            return candidate
+        reasons.append(reason)
+    raise _StaysWhole(f"removing units does not equal zeroing them: {reasons[0]}")
 
 
+@torch.no_grad()
 def _why_not_exact(twin: PreTrainedModel, family: Family) -> str | None:
     """None if removing units of the last block equals zeroing them, with every attention implementation there is."""
     tokens = torch.randint(_VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
     for attention in ("eager", "sdpa"):
         removed, zeroed = copy.deepcopy(twin), copy.deepcopy(twin)
-        outputs = []
         try:
             for model in (removed, zeroed):
                 model.set_attn_implementation(attention)
         except ValueError:
             continue  # the class refuses this implementation
         try:
-            for model, cut in ((removed, True), (zeroed, False)):
+            for model, change, gone in ((removed, remove_units, False), (zeroed, zero_units, True)):
                 (module,) = depth2_modules(model, [_BLOCKS - 1], family=family)
-                gone = torch.arange(module.n_units) % 3 == 1
-                if cut:
-                    remove_units(module, (~gone).nonzero().flatten())
-                else:
-                    zero_units(module, gone.nonzero().flatten())
-                with torch.no_grad():
-                    outputs.append(model(input_ids=tokens, **_no_cache(model))[0])
+                change(module, ((torch.arange(module.n_units) % 3 == 1) == gone).nonzero().flatten())
+            error = (_run(removed, tokens) - _run(zeroed, tokens)).abs().max().item()
         except Exception as error:  # a wrong guess fails in as many ways as there are models
-            return f"{type(error).__name__} with {attention}: {str(error).splitlines()[0][:120]}"
-        error = (outputs[0] - outputs[1]).abs().max().item()
+            first_line = str(error).partition("\n")[0]
+            return f"{type(error).__name__} with {attention}: {first_line[:120]}"
         if not error <= 1e-10:
             return f"the outputs differ by {error:.1g} with {attention}"
     return None
