@@ -1,222 +1,95 @@
 """Structured pruning of large language models without retraining (Li, Dong, Lei; arXiv 2407.19126).
 
-In the order of the method: load a model, get text, find the structure, score, cut, refit, measure, save.
+In the order of the method: load a model, get text, find the structure, score, cut, refit, measure, save. What is not
+here is importable from its module: `from greedy_helpers.allocation import middle_blocks`.
 """
 
-from .allocation import (
-    adaptive_plan,
-    budget,
-    cost_plan,
-    keep_best,
-    keep_top,
-    middle_blocks,
-    redundancy_plan,
-    removed_parameters,
-    uniform_plan,
-    unit_parameters,
-)
-from .capture import BlockStream
-from .checkpoint import disk_bytes, export_plain, load_model, load_pruned, load_tokenizer, save_pruned
-from .cost import (
-    PeakMemory,
-    compare_latency,
-    cost_table,
-    count_macs,
-    latency_table,
-    peak_memory,
-    weight_bytes,
-)
+from .allocation import budget, cost_plan, keep_best, uniform_plan
+from .checkpoint import export_plain, load_model, load_pruned, save_pruned
 from .criteria import (
-    Criterion,
     Seen,
-    by_kind,
+    fixed_scores,
     flap,
-    obs_cost,
     output_energy,
     random_scores,
     second_moment,
-    second_moment_identity,
-    taylor,
+    taylor_scores,
     wanda_sp,
     weight_norm,
 )
 from .data import (
     EMBEDDED,
     WIKITEXT2,
-    CalibrationCard,
-    calibration_card,
     calibration_tokens,
     default_sources,
-    documents,
     evaluation_tokens,
-    pack,
-    python_corpus,
     random_tokens,
     self_generated_tokens,
 )
-from .discovery import Units, coupling, discover, find_units, tiny_twin
-from .evaluate import Text, TextScore, evaluate_text, generate_text, perplexity, read_text, token_losses
-from .families import FAMILIES, Family, ModuleLayout
-from .greedy import Elimination, eliminate, exact_greedy, swap
+from .discovery import discover
+from .evaluate import evaluate_text, generate_text, perplexity, read_text
+from .families import FAMILIES
+from .greedy import exact_greedy
 from .moments import Moments
-from .prune import PruneReport, PruneStep, fixed_scores, module_moments, prune, scores_of
-from .reconstruct import Solution, add_to_bias, least_squares, normal_equations, refit, solve
-from .similarity import (
-    divergences_of,
-    head_divergence,
-    maximal_redundancy,
-    redundant_first,
-    redundant_heads,
-    similarity_graph,
-    unit_divergence,
-)
-from .structure import (
-    ChannelGroup,
-    Depth2Module,
-    UnknownFamily,
-    UnsupportedModule,
-    blocks_of,
-    blocks_path,
-    channel_index,
-    count_parameters,
-    depth2_modules,
-    family_of,
-    linears_of,
-    set_weight,
-    weight_of,
-)
-from .surgery import remove_units, undone_on_error, zero_units
-from .tasks import (
-    PAPER_TASKS,
-    ChoiceScores,
-    MultipleChoice,
-    PairedAccuracy,
-    choice_judge,
-    choice_tasks,
-    continuation_items,
-    identifier_items,
-    multiple_choice,
-    paired_accuracy,
-    write_lm_eval_task,
-    zero_shot,
-)
+from .pruning import prune, scores_of
+from .recipes import FLAP, OSSCAR, PAPER, RECOMMENDED, Recipe
+from .reconstruct import solve
+from .similarity import head_divergence, redundant_heads
+from .stream import BlockStream
+from .structure import blocks_of, count_parameters, depth2_modules, set_weight, weight_of
+from .surgery import remove_units, zero_units
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EMBEDDED",
     "FAMILIES",
-    "PAPER_TASKS",
+    "FLAP",
+    "OSSCAR",
+    "PAPER",
+    "RECOMMENDED",
     "WIKITEXT2",
     "BlockStream",
-    "CalibrationCard",
-    "ChannelGroup",
-    "ChoiceScores",
-    "Criterion",
-    "Depth2Module",
-    "Elimination",
-    "Family",
-    "ModuleLayout",
     "Moments",
-    "MultipleChoice",
-    "PairedAccuracy",
-    "PeakMemory",
-    "PruneReport",
-    "PruneStep",
+    "Recipe",
     "Seen",
-    "Solution",
-    "Text",
-    "TextScore",
-    "Units",
-    "UnknownFamily",
-    "UnsupportedModule",
-    "adaptive_plan",
-    "add_to_bias",
     "blocks_of",
-    "blocks_path",
     "budget",
-    "by_kind",
-    "calibration_card",
     "calibration_tokens",
-    "channel_index",
-    "choice_judge",
-    "choice_tasks",
-    "compare_latency",
-    "continuation_items",
     "cost_plan",
-    "cost_table",
-    "count_macs",
     "count_parameters",
-    "coupling",
     "default_sources",
     "depth2_modules",
     "discover",
-    "disk_bytes",
-    "divergences_of",
-    "documents",
-    "eliminate",
     "evaluate_text",
     "evaluation_tokens",
     "exact_greedy",
     "export_plain",
-    "family_of",
-    "find_units",
     "fixed_scores",
     "flap",
     "generate_text",
     "head_divergence",
-    "identifier_items",
     "keep_best",
-    "keep_top",
-    "latency_table",
-    "least_squares",
-    "linears_of",
     "load_model",
     "load_pruned",
-    "load_tokenizer",
-    "maximal_redundancy",
-    "middle_blocks",
-    "module_moments",
-    "multiple_choice",
-    "normal_equations",
-    "obs_cost",
     "output_energy",
-    "pack",
-    "paired_accuracy",
-    "peak_memory",
     "perplexity",
     "prune",
-    "python_corpus",
     "random_scores",
     "random_tokens",
     "read_text",
-    "redundancy_plan",
-    "redundant_first",
     "redundant_heads",
-    "refit",
     "remove_units",
-    "removed_parameters",
     "save_pruned",
     "scores_of",
     "second_moment",
-    "second_moment_identity",
     "self_generated_tokens",
     "set_weight",
-    "similarity_graph",
     "solve",
-    "swap",
-    "taylor",
-    "tiny_twin",
-    "token_losses",
-    "undone_on_error",
+    "taylor_scores",
     "uniform_plan",
-    "unit_divergence",
-    "unit_parameters",
     "wanda_sp",
-    "weight_bytes",
     "weight_norm",
     "weight_of",
-    "write_lm_eval_task",
-    "zero_shot",
     "zero_units",
 ]

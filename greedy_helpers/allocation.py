@@ -1,12 +1,12 @@
 """How many units each module loses, and which: uniform ratios, protected blocks, budgets spread over the whole model.
 
-A *plan* maps module names to the number of units they keep; :func:`~greedy_helpers.prune.prune` takes one in the place
-of a ratio. Ratios are of units by default; budgets are counted in parameters.
+A *plan* maps module names to the number of units they keep; :func:`~greedy_helpers.pruning.prune` takes one as `plan=`.
+Ratios are of units by default; budgets are counted in parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,18 +32,6 @@ def check_ratio(ratio: float) -> float:
 def n_removed(n_units: int, ratio: float) -> int:
     """floor(ratio * n_units), safe against rounding: 0.3 * 10 is 2.999...96 in floating point."""
     return int(check_ratio(ratio) * n_units + 1e-9)
-
-
-def keep_top(scores: Tensor, ratio: float) -> Tensor:
-    """The units to keep: sorted long [n_keep]. Removes the floor(ratio * n) lowest, so never more than asked.
-
-    Equal scores: the earlier unit stays.
-
-    Raises:
-        ValueError: ratio outside [0, 1).
-        FloatingPointError: a score is NaN.
-    """
-    return keep_best(scores, len(scores) - n_removed(len(scores), ratio))
 
 
 def keep_best(scores: Tensor, n_keep: int) -> Tensor:
@@ -144,7 +132,7 @@ def adaptive_plan(
 
     Args:
         scores: module name -> scores [n_units], taken on the dense model, see
-            :func:`~greedy_helpers.prune.scores_of`.
+            :func:`~greedy_helpers.pruning.scores_of`.
         floor: the share of units every module keeps (at least one); the published code has none and may remove all.
 
     Raises:
@@ -253,8 +241,11 @@ def _check_enough(modules: Sequence[Depth2Module], plan: Plan, n_parameters: int
         raise ValueError(f"expected at least {n_parameters:,} parameters in removable units, found {most:,}")
 
 
-def check_plan(model: PreTrainedModel, plan: Plan) -> None:
+def check_plan(model: PreTrainedModel, plan: Plan, chosen: Collection[str] | None = None) -> None:
     """Refuse a plan that names modules the model lacks, or keeps none or more than all of their units.
+
+    Args:
+        chosen: the modules that may be pruned at all; default: all.
 
     Raises:
         KeyError, ValueError: naming the module.
@@ -263,5 +254,7 @@ def check_plan(model: PreTrainedModel, plan: Plan) -> None:
     for name, n_keep in plan.items():
         if name not in units:
             raise KeyError(f"plan: the model has no module {name!r}; it has {', '.join(list(units)[:4])}, ...")
+        if chosen is not None and name not in chosen:
+            raise KeyError(f"plan: {name} is not among the blocks and kinds that are to be pruned")
         if isinstance(n_keep, bool) or not isinstance(n_keep, int) or not 1 <= n_keep <= units[name]:
             raise ValueError(f"plan: {name}: expected to keep between 1 and {units[name]} units, found {n_keep!r}")

@@ -35,13 +35,14 @@ from transformers import (
 
 from .data import EMBEDDED
 from .families import UNIT_AXES
-from .large import entries, is_lazy, read_weight, same_kind, sha256_of
+from .files import sha256_of
+from .large.lazy import entries, is_lazy, read_weight, same_kind
 from .reconstruct import add_to_bias
 from .structure import UnsupportedModule, blocks_path, depth2_modules, family_of, product, weight_of
 from .surgery import remove_units
 
 if TYPE_CHECKING:
-    from .prune import PruneReport
+    from .report import PruneReport
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a clone the models are in data/; an installed wheel carries them inside the package.

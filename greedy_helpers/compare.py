@@ -6,13 +6,11 @@ import copy
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import torch
@@ -21,189 +19,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import adaptive_plan, cost_plan, n_removed, unit_parameters
 from .checkpoint import load_model
-from .criteria import (
-    Criterion,
-    by_kind,
-    flap,
-    obs_cost,
-    output_energy,
-    random_scores,
-    second_moment,
-    second_moment_identity,
-    taylor,
-    wanda_sp,
-    weight_norm,
-)
+from .criteria import random_scores
 from .data import calibration_tokens, default_sources, evaluation_tokens
 from .evaluate import perplexity
-from .greedy import exact_greedy
-from .large import is_lazy
-from .prune import PruneReport, fixed_scores, prune, scores_of
-from .structure import depth2_modules
+from .pruning import prune
+from .recipes import Recipe
 
 _PACKAGE = Path(__file__).resolve().parent
 # Recorded measurements that the notebooks plot: part of an installed package, or in data/ of a clone.
 RESULTS = _PACKAGE / "results" if (_PACKAGE / "results").is_dir() else _PACKAGE.parent / "data" / "results"
-
-Maker = Callable[[PreTrainedModel, Tensor, int], Criterion]
-
-
-def _always(criterion: Criterion) -> Maker:
-    return lambda model, calibration, seed: criterion
-
-
-def _taylor(kind: str) -> Maker:
-    return lambda model, calibration, seed: taylor(model, calibration, kind)
-
-
-# name -> (dense model, calibration [n, seq], seed) -> criterion. Add yours to compare it with all others.
-CRITERIA: dict[str, Maker] = {
-    "random": lambda model, calibration, seed: partial(random_scores, seed=seed),
-    "L1": _always(partial(weight_norm, p=1)),
-    "L2": _always(weight_norm),
-    "Wanda-sp": _always(wanda_sp),
-    "FLAP WIFV": _always(flap),
-    "FLAP WIFN": _always(partial(flap, metric="WIFN")),
-    "FLAP IFV": _always(partial(flap, metric="IFV")),
-    "Taylor vector": _taylor("vector"),
-    "Taylor element1": _taylor("element1"),
-    "Taylor element2": _taylor("element2"),
-    "Taylor mix": _taylor("mix"),
-    "second moment": _always(second_moment),
-    "second moment, identity": _always(second_moment_identity),
-    "output energy": _always(output_energy),
-    "OBS cost": _always(obs_cost),
-    "exact greedy": _always(exact_greedy()),
-    "energy heads, greedy FFN": _always(by_kind(output_energy, exact_greedy())),
-}
-# Tries both of these and keeps the one that is better on validation text: see choose().
-_BEST = "greedy, heads by trial"
-_TRIED = ("exact greedy", "energy heads, greedy FFN")
-
-# name -> how prune() repairs.
-REMEDIES: dict[str, dict] = {
-    "none": {},
-    "bias (FLAP)": {"refit": "bias"},
-    "two-step (paper)": {"refit": "pre"},
-    "post": {"refit": "post"},
-    "post, local target": {"refit": "post", "target": "local"},
-    "both": {"refit": "both"},
-    "recommended": {"refit": "both", "target": "residual"},
-}
-
-ALLOCATIONS = ("uniform", "adaptive", "cost")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One method: what is removed, how it is repaired, and how the budget is spread over the modules.
-
-    Attributes:
-        criterion: a key of :data:`CRITERIA`, or `"greedy, heads by trial"`: exact greedy for FFN channels, and for
-            heads exact greedy or output energy, whichever :func:`choose` finds better.
-        remedy: a key of :data:`REMEDIES`.
-        allocation: `"uniform"`: the same share of units everywhere. `"adaptive"`: FLAP's AL-AM, one ranking of
-            standardised scores taken on the dense model, with as many parameters removed as uniform would.
-            `"cost"`: exact greedy's costs per parameter over the whole model, the same number of parameters.
-    """
-
-    criterion: str = "second moment"
-    remedy: str = "none"
-    allocation: str = "uniform"
-
-    def __post_init__(self) -> None:
-        known = {"criterion": [*CRITERIA, _BEST], "remedy": list(REMEDIES), "allocation": list(ALLOCATIONS)}
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"expected a {name} among {', '.join(allowed)}; found {getattr(self, name)!r}")
-
-    def __str__(self) -> str:
-        remedy = "" if self.remedy == "none" else f" + {self.remedy}"
-        return self.criterion + ("" if self.allocation == "uniform" else f", {self.allocation}") + remedy
-
-
-PAPER = Recipe("second moment", "two-step (paper)")
-FLAP = Recipe("FLAP WIFV", "bias (FLAP)", "adaptive")
-RECOMMENDED = Recipe(_BEST, "recommended")
-
-
-def choose(
-    model: PreTrainedModel,
-    calibration: Tensor,
-    ratio: float,
-    recipes: Sequence[Recipe],
-    validation: Tensor | None = None,
-    **options,
-) -> tuple[Recipe, dict[Recipe, float]]:
-    """The recipe that is best on text it was not fitted to, and every recipe's perplexity there. `model` stays whole.
-
-    Squared errors of layers cannot tell recipes apart that keep different heads; the loss can, and forward passes are
-    cheap beside the pruning.
-
-    Args:
-        validation: long [n, seq], best of text that the model was not trained on either, and that nothing is reported
-            on. Default: the last quarter of the calibration windows, which the recipes then do without.
-
-    Raises:
-        ValueError: neither validation windows nor four calibration windows. Otherwise as prune.
-    """
-    if validation is None:
-        if len(calibration) < 4:
-            found = len(calibration)
-            raise ValueError(f"choose: expected validation windows or at least 4 calibration windows, found {found}")
-        calibration, validation = calibration.tensor_split([len(calibration) - len(calibration) // 4])
-    if is_lazy(model):
-        raise ValueError(
-            "choose: trying recipes runs whole models, and this one's blocks are on the disk; expected one criterion, "
-            f"e.g. {_TRIED[-1]!r}"
-        )
-    perplexities, work_dir = {}, options.pop("work_dir", None)
-    for recipe in recipes:
-        trial = copy.deepcopy(model)
-        folder = None if work_dir is None else Path(work_dir) / f"trial of {recipe}"
-        apply(trial, calibration, ratio, recipe, work_dir=folder, **options)
-        perplexities[recipe] = perplexity(trial, validation)
-    return min(perplexities, key=perplexities.get), perplexities
-
-
-def apply(
-    model: PreTrainedModel,
-    calibration: Tensor,
-    ratio: float,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    validation: Tensor | None = None,
-    **options,
-) -> PruneReport:
-    """Prune `model` in place by a recipe.
-
-    Args:
-        seed: of random scores.
-        validation: for recipes that try and choose, see :func:`choose`.
-        options: passed on to :func:`~greedy_helpers.prune.prune` (damp, batch_size, blocks, progress, ...).
-
-    Raises:
-        As prune.
-    """
-    if recipe.criterion == _BEST:
-        tried = [replace(recipe, criterion=name) for name in _TRIED]
-        recipe, _ = choose(model, calibration, ratio, tried, validation, seed=seed, **options)
-    criterion = CRITERIA[recipe.criterion](model, calibration, seed)
-    amount: float | Mapping[str, int] = ratio
-    if recipe.allocation != "uniform":
-        modules = depth2_modules(model, options.get("blocks"), options.get("kinds"))
-        wanted = sum(n_removed(m.n_units, ratio) * unit_parameters(m) for m in modules)
-        passes = {key: options[key] for key in ("batch_size", "device") if key in options}
-        if recipe.allocation == "adaptive":
-            scores = scores_of(model, calibration, criterion, **passes)
-            amount, criterion = adaptive_plan(modules, scores, wanted), fixed_scores(scores, recipe.criterion)
-        else:
-            scores = scores_of(model, calibration, exact_greedy(whole_path=True), **passes)
-            amount = cost_plan(modules, scores, wanted)
-    return prune(model, calibration, amount, criterion=criterion, **REMEDIES[recipe.remedy], **options)
 
 
 @dataclass(frozen=True)
@@ -261,7 +86,7 @@ def sweep(
         raise ValueError(f"sweep: {out} holds results of {mine}, expected {asdict(settings)}; name another file")
     done = {_key(row) for row in found["rows"]}
     wanted = [
-        {"model": model, "ratio": ratio, **asdict(recipe), "seed": seed}
+        {"model": model, "ratio": ratio, **_names(recipe), "seed": seed}
         for model, seed, ratio, recipe in product(models, seeds, ratios, recipes)
     ]
     todo = [row for row in wanted if _key(row) not in done]
@@ -273,14 +98,10 @@ def sweep(
             found["dense"][row["model"]] = subject.judge(subject.dense)
             found["texts"] = list(dict.fromkeys([*found.get("texts", ()), *subject.texts]))
         calibration = subject.calibration(row["seed"])
-        model, recipe = copy.deepcopy(subject.dense), Recipe(row["criterion"], row["remedy"], row["allocation"])
-        validation = subject.validation() if recipe.criterion == _BEST else None
-        started = time.perf_counter()
-        options = {"seed": row["seed"], "damp": settings.damp, "progress": False, "validation": validation}
-        report = apply(model, calibration, row["ratio"], recipe, **options)
-        seconds = time.perf_counter() - started
+        model, recipe = copy.deepcopy(subject.dense), recipe_of(row, settings.damp)
+        report = prune(model, calibration, row["ratio"], recipe, progress=False)
         left = {f"{key} left": round(after / before, 5) for key, (before, after) in report.parameters.items()}
-        found["rows"].append(row | subject.judge(model) | left | {"seconds": round(seconds, 2)})
+        found["rows"].append(row | subject.judge(model) | left | {"seconds": round(report.seconds, 2)})
         _write(out, found)
     if not todo:
         _write(out, found)
@@ -297,10 +118,9 @@ class _Subject:
         self.texts = {label: self._held_out(source) for label, source in self._sources.items()}
         self._more = extra(name) if extra is not None else lambda model: {}
         self._calibration: tuple[int, Tensor] | None = None  # of the seed asked for last
-        self._validation: Tensor | None = None
 
-    def _held_out(self, source: str, part: Literal["test", "validation"] = "test") -> Tensor:
-        return evaluation_tokens(self._tokenizer, self._settings.evaluation, self._settings.seq, source, part)
+    def _held_out(self, source: str) -> Tensor:
+        return evaluation_tokens(self._tokenizer, self._settings.evaluation, self._settings.seq, source)
 
     def judge(self, model: PreTrainedModel) -> dict[str, float]:
         numbers = {label: perplexity(model, tokens) for label, tokens in self.texts.items()} | self._more(model)
@@ -313,23 +133,30 @@ class _Subject:
             self._calibration = seed, calibration_tokens(self._tokenizer, windows, seq, source, seed=seed)
         return self._calibration[1]
 
-    def validation(self) -> Tensor:
-        if self._validation is None:
-            self._validation = torch.cat([self._held_out(source, "validation") for source in self._sources.values()])
-        return self._validation
-
 
 def _described(settings: Settings) -> dict:
     """The settings, and what else a reader has to know to repeat the numbers."""
     return asdict(settings) | {
         "calibration text": "random windows of the training split",
-        "validation text": "as many windows halfway between those of the evaluation, for recipes that choose",
         "evaluation text": "evenly spaced windows of the held-out split; perplexity with an empty context per window",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hardware": f"{torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + ' CPU'}",
     }
+
+
+def _names(recipe: Recipe) -> dict[str, str]:
+    """What a row says of a recipe; the damping is one of the settings."""
+    return {key: value for key, value in recipe.names.items() if key != "damp"}
+
+
+def recipe_of(row: Mapping, damp: float = 1e-2) -> Recipe:
+    """The recipe of a sweep's row. Random scores are drawn with the row's seed."""
+    criterion = row["criterion"]
+    if criterion == "random" and row.get("seed"):
+        criterion = partial(random_scores, seed=row["seed"])
+    return Recipe(criterion, row["remedy"], damp, row["allocation"])
 
 
 def _key(row: Mapping) -> tuple:
@@ -349,8 +176,7 @@ def _write(out: Path, found: dict) -> None:
 def frame(found: Mapping) -> pd.DataFrame:
     """A sweep's rows, with `method` (the recipe in words) and, per text, the excess log-perplexity over dense."""
     table = pd.DataFrame(found["rows"])
-    recipes = table[["criterion", "remedy", "allocation"]].itertuples(index=False)
-    table["method"] = [str(Recipe(*row)) for row in recipes]
+    table["method"] = [str(recipe_of(row | {"seed": 0})) for row in table.to_dict("records")]
     for text in found.get("texts", next(iter(found["dense"].values()))):  # what `extra` added is no perplexity
         if text in table:
             dense = table["model"].map({model: values[text] for model, values in found["dense"].items()})

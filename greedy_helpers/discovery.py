@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .capture import cut_graph
 from .families import REFUSED, Family, ModuleLayout
+from .stream import cut_graph
 from .structure import UnsupportedModule, channel_index, depth2_modules, eval_mode, linears_of, product, weight_of
 from .surgery import remove_units, zero_units
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .criteria import Seen, weighted_square, removal_costs
+from .criteria import Seen, removal_costs, weighted_square
 from .reconstruct import normal_equations
 from .structure import Depth2Module, weight_of
 

@@ -89,13 +89,14 @@ class Drift:
 @torch.no_grad()
 def advance_dense(dense: BlockStream, block: nn.Module, records: Sequence[DenseRecord]) -> None:
     """Move the dense stream behind the still dense block and fill the `records` on the way, all in one pass."""
-    reads, makes = [r.reads for r in records], [r.makes for r in records]
+    reads = [linear for record in records for linear in record.reads]
+    makes = [linear for record in records for linear in record.makes]
     hidden = []
-    for output, (read, made) in dense.run(block, sum(reads, []), sum(makes, [])):
+    for output, (read, made) in dense.run(block, reads, makes):
         hidden.append(dense.keep(output))
         read, made = iter(read), iter(made)
-        for record, its_reads, its_makes in zip(records, reads, makes, strict=True):
-            record.add([next(read) for _ in its_reads], [next(made) for _ in its_makes], dense)
+        for record in records:
+            record.add([next(read) for _ in record.reads], [next(made) for _ in record.makes], dense)
     dense.hidden = hidden
     dense.position += 1
 

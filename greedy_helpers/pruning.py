@@ -191,7 +191,9 @@ def prune(
 
     step = with_smaller_batches(prune_block)
     if work_dir is not None:
-        step = resumed(step, WorkFolder(work_dir, settings_of(model, calibration, recipe, job, batch_size)))
+        step = resumed(
+            step, WorkFolder(work_dir, settings_of(model, calibration, ratio, recipe, job, modules, batch_size))
+        )
     steps, stream_errors, streams = [], [], None
     bar = tqdm(total=len(modules), desc="prune", unit="module", disable=not progress or not is_first())
     with undone_on_error(model), bar, closing(walk(model, calibration, last, **how)) as walked:
@@ -315,9 +317,9 @@ def _check_additive(index: int, before: list[Tensor], after: list[Tensor], recor
 
 def _stream_error(streams: Streams) -> float:
     device = streams.pruned.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # added up there: nothing waits for the CPU
     for d, p in zip(streams.dense.hidden, streams.pruned.hidden, strict=True):
         d, p = d.to(device), p.to(device)
-        sums += torch.stack([(d - p).float().square().sum(dtype=torch.float64), d.float().square().sum(dtype=torch.float64)])
+        sums += torch.stack([part.float().square().sum(dtype=torch.float64) for part in (d - p, d)])
     lost, everything = all_sums(*sums.tolist())
     return lost / everything

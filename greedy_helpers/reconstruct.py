@@ -81,7 +81,11 @@ class Ridge:
 
     def inverse(self) -> Tensor:
         """H^-1, or its pseudo-inverse: [d, d]."""
-        return self.solve(torch.eye(len(self.h)).to(self.h)) if self.factor is None else torch.cholesky_inverse(self.factor)
+        return (
+            self.solve(torch.eye(len(self.h)).to(self.h))
+            if self.factor is None
+            else torch.cholesky_inverse(self.factor)
+        )
 
     def condition(self, iterations: int = 4) -> float:
         """Power iterations on H and on H^-1: a lower bound, usually within some percent."""

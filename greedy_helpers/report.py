@@ -107,9 +107,7 @@ class PruneReport:
 
     def to_dict(self, tensors: bool = True) -> dict[str, Any]:
         """Plain numbers, strings and lists, ready for JSON; without scores and kept units if not `tensors`."""
-        steps = [
-            {k: v for k, v in step.to_dict().items() if tensors or k not in _TENSORS} for step in self.steps
-        ]
+        steps = [{k: v for k, v in step.to_dict().items() if tensors or k not in _TENSORS} for step in self.steps]
         return {**vars(self), "removed": self.removed, "steps": steps}
 
     def to_json(self, tensors: bool = False) -> str:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from contextlib import closing
 
 import networkx as nx
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .capture import BlockStream
-from .criteria import Criterion, Seen
-from .distributed import all_windows, share_of
-from .large import resident
-from .structure import Depth2Module, blocks_of, depth2_modules
+from .criteria import Criterion, Seen, second_moment
+from .large.distributed import all_windows
+from .stream import walk
+from .structure import Depth2Module, depth2_modules
 
 
 @torch.no_grad()
-def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**20) -> Tensor:
+def head_divergence(maps: Iterable[Tensor], max_elements: int | None = None) -> Tensor:
     """Mean Jensen-Shannon divergence between the attention maps of every two heads, in nats: float64 [heads, heads].
 
     D_ij = mean over samples and query rows of JS(P_i row || P_j row) (eq. 1), with JS(p || q) = H((p + q) / 2) -
@@ -31,7 +31,8 @@ def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**20) -> Tensor
 
     Args:
         maps: batches [batch, heads, query, key], rows sum to 1. A batch is let go before the next one is asked for.
-        max_elements: numbers in the largest temporary tensor (default 4 MB); query rows are cut accordingly.
+        max_elements: numbers in the largest temporary tensor, of all pairs of heads at some query rows; default: 2^20
+            (4 MB) on a CPU, whose cache they fit, 2^26 on a GPU.
 
     Raises:
         ValueError: no maps, or not of that shape.
@@ -42,31 +43,30 @@ def head_divergence(maps: Iterable[Tensor], max_elements: int = 2**20) -> Tensor
         if batch.ndim != 4:
             raise ValueError(f"head_divergence: expected maps [batch, heads, query, key], found {list(batch.shape)}")
         n, heads, queries, keys = batch.shape
-        total = torch.zeros(heads, heads, dtype=torch.float64, device=batch.device) if total is None else total
-        step = max(1, max_elements // max(1, heads * keys))
-        for window in batch:
-            for part in window.transpose(0, 1).split(step):  # [rows, heads, key], a view
-                total += _divergence_sum(part.to(torch.promote_types(part.dtype, torch.float32)))
+        first, second = torch.triu_indices(heads, heads, 1, device=batch.device)
+        if total is None:
+            total = torch.zeros(heads, heads, dtype=torch.float64, device=batch.device)
+        most = max_elements or (2**20 if batch.device.type == "cpu" else 2**26)
+        step = max(1, most // max(1, max(heads, len(first)) * keys))
+        wide = torch.promote_types(batch.dtype, torch.float32)
+        for start in range(0, n * queries, step):
+            place = torch.arange(start, min(start + step, n * queries), device=batch.device)
+            p = batch[place // queries, :, place % queries].to(wide)  # [rows, heads, key]
+            entropy = _entropies(p)
+            between = _entropies((p[:, first] + p[:, second]) / 2) - (entropy[first] + entropy[second]) / 2
+            total[first, second] += between.clamp(min=0)  # rounding of equal heads
         rows += n * queries
-        batch = window = part = None  # before the iterator makes the next one
+        batch = p = None  # before the iterator makes the next one
     if total is None:
         raise ValueError("head_divergence: expected at least one batch of attention maps, found none")
     if not total.isfinite().all():
         raise FloatingPointError(f"head_divergence: NaN or Inf in the attention maps ({rows} rows)")
-    return total / rows
+    return (total + total.T) / rows
 
 
-def _divergence_sum(p: Tensor) -> Tensor:
-    """Sum over rows of the pairwise divergences of p [rows, heads, key]: float64 [heads, heads]."""
-    heads = p.shape[1]
-    entropy = -torch.special.xlogy(p, p).sum(-1).double().sum(0)  # [heads]
-    found = torch.zeros(heads, heads, dtype=torch.float64, device=p.device)
-    for i in range(heads - 1):
-        mixture = (p[:, i : i + 1] + p[:, i + 1 :]) / 2
-        of_mixture = -torch.special.xlogy(mixture, mixture).sum(-1).double().sum(0)  # [heads - i - 1]
-        found[i, i + 1 :] = of_mixture - (entropy[i] + entropy[i + 1 :]) / 2
-    found = found.clamp(min=0)  # rounding of equal heads
-    return found + found.T
+def _entropies(p: Tensor) -> Tensor:
+    """Sums over rows of the entropies of p [rows, heads, key]: float64 [heads]."""
+    return -torch.special.xlogy(p, p).sum(-1).sum(0, dtype=torch.float64)
 
 
 def unit_divergence(divergence: Tensor, group: int) -> Tensor:
@@ -139,26 +139,23 @@ def maximal_redundancy(graph: nx.Graph) -> int:
     return len(graph) - kept
 
 
-def redundant_first(criterion: Criterion, tau: float) -> Criterion:
+def redundant_first(
+    module: Depth2Module, seen: Seen, *, criterion: Criterion = second_moment, tau: float = 0.16
+) -> Tensor:
     """A criterion that ranks redundant heads below all others; everything else is left to `criterion`.
 
     Similarity composes: the same scores, shifted where Algorithm 2 marks a head. Needs attention maps, so load the
     model with `attn_implementation="eager"` or call `model.set_attn_implementation("eager")`. The maps of one batch of
     one block are held at a time, batch * heads * seq^2 numbers: with long windows give `prune` a small `batch_size`.
     """
-
-    def scores(module: Depth2Module, seen: Seen) -> Tensor:
-        values = criterion(module, seen)
-        if module.kind != "attention":
-            return values
-        divergence = head_divergence(seen.attention_maps())
-        units = redundant_heads(unit_divergence(divergence, len(divergence) // module.n_units), tau)
-        values = values.clone()
-        values[units] -= values.max() - values.min() + 1
+    values = criterion(module, seen)
+    if module.kind != "attention":
         return values
-
-    scores.__name__ = f"redundant_first({getattr(criterion, '__name__', criterion)}, tau={tau})"
-    return scores
+    divergence = head_divergence(seen.attention_maps())
+    units = redundant_heads(unit_divergence(divergence, len(divergence) // module.n_units), tau)
+    values = values.clone()
+    values[units] -= values.max() - values.min() + 1
+    return values
 
 
 def divergences_of(
@@ -170,22 +167,16 @@ def divergences_of(
     A batch has batch_size * heads * seq^2 numbers, and eager attention holds several such tensors: with 12 heads and
     1,024 tokens 16 windows one by one need about 300 MB beside the model, four at a time about 1 GB.
 
-    `device`, and several processes: as in :func:`~greedy_helpers.prune.prune`.
+    `device`, and several processes: as in :func:`~greedy_helpers.pruning.prune`.
 
     Raises:
         ValueError: the attention implementation computes no maps; see :func:`redundant_first`.
     """
-    found: dict[str, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        stream = BlockStream(model, share_of(calibration), batch_size, device=device)
-        for index in range(len(blocks_of(model))):
-            with resident(model, index, stream.device) as block:
-                for module in depth2_modules(model, [index], kinds={"attention"}):
-                    divergence = head_divergence(all_windows(stream.attention_maps(block, index, module.owner)))
-                    found[module.name] = unit_divergence(divergence, len(divergence) // module.n_units).cpu()
-                stream.advance(block, index)
-    finally:
-        model.train(was_training)
-    return found
+    divergences: dict[str, Tensor] = {}
+    last = max((module.block for module in depth2_modules(model, kinds={"attention"})), default=-1)
+    with closing(walk(model, calibration, last, batch_size=batch_size, device=device)) as walked:
+        for block, stream in walked:
+            for module in depth2_modules(model, [stream.position], kinds={"attention"}):
+                divergence = head_divergence(all_windows(stream.attention_maps(block, module.owner)))
+                divergences[module.name] = unit_divergence(divergence, len(divergence) // module.n_units).cpu()
+    return divergences

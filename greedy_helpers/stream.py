@@ -12,22 +12,11 @@ from transformers import PreTrainedModel
 
 from .large.distributed import share_of
 from .large.lazy import resident
-from .structure import blocks_of, input_device
+from .structure import blocks_of, eval_mode, input_device
 
 
 class _Reached(Exception):
     """Everything asked for has been seen; the rest of the forward pass is not needed."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards in the mode in which it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def walk(
@@ -47,7 +36,7 @@ def walk(
 
     With several processes each takes its share of the windows through the blocks.
     """
-    with evaluating(model):
+    with eval_mode(model):
         stream = BlockStream(model, share_of(tokens), batch_size, device=device, store=store)
         for index in range(last + 1):
             with resident(model, index, stream.device) as block:
@@ -181,7 +170,7 @@ class BlockStream:
             yield watched()
 
     def inputs(self, block: nn.Module, linears: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-        """What `linears` (inside `block`) read: [batch * seq, d_in] each, batch by batch. The pass stops behind them."""
+        """What `linears` (inside `block`) read: [batch * seq, d_in] each, batch by batch. It stops behind them."""
         return (inputs for inputs, _ in self.watch(block, linears))
 
     def attention_maps(self, block: nn.Module, attention: nn.Module) -> Iterator[Tensor]:
@@ -298,7 +287,7 @@ def _watching(
         check()
 
     def after(linear: nn.Module, _args: tuple, output: Tensor) -> None:
-        made[linear] = output
+        made[linear] = output.clone()  # Falcon adds to it in place
         check()
 
     def watched() -> Watched:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .capture import slice_head_inputs
 from .families import UNIT_AXES
+from .stream import slice_head_inputs
 from .structure import Depth2Module, channel_index, product, set_weight, weight_of
 
 

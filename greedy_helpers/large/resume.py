@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..files import replace_file, sha256_of
 from ..report import PruneStep
-from ..structure import blocks_of, blocks_path, depth2_modules
+from ..structure import Depth2Module, blocks_of, blocks_path, depth2_modules
 from ..surgery import remove_units
 from . import distributed
 from .lazy import fingerprint, is_lazy, same_kind
@@ -37,7 +37,9 @@ def resumed(step: Step, work: WorkFolder) -> Step:
     """
 
     @wraps(step)
-    def committed(model: PreTrainedModel, block: nn.Module, streams: Streams, job: Job) -> tuple[list[PruneStep], float]:
+    def committed(
+        model: PreTrainedModel, block: nn.Module, streams: Streams, job: Job
+    ) -> tuple[list[PruneStep], float]:
         index = streams.pruned.position
         if index < work.finished:
             return _replay(work, model, block, streams)
@@ -76,12 +78,20 @@ def _step_of(step: dict[str, Any]) -> PruneStep:
 
 
 def settings_of(
-    model: PreTrainedModel, calibration: Tensor, recipe: Recipe, job: Job, batch_size: int | None
+    model: PreTrainedModel,
+    calibration: Tensor,
+    ratio: float | None,
+    recipe: Recipe,
+    job: Job,
+    modules: Sequence[Depth2Module],
+    batch_size: int | None,
 ) -> dict[str, Any]:
     """All that the result of a run depends on, as far as it can be told from outside; functions by their names."""
     return {
         **recipe.names,
-        "plan": dict(job.plan),
+        **({"plan": dict(job.plan)} if ratio is None else {"ratio": ratio}),
+        "blocks": sorted({module.block for module in modules}),
+        "kinds": sorted({module.kind for module in modules}),
         "precision": str(job.precision),
         "batch_size": batch_size,
         "calibration": f"{list(calibration.shape)} {hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()}",
@@ -93,7 +103,7 @@ def settings_of(
 
 
 class WorkFolder:
-    """The finished blocks of one run of :func:`~greedy_helpers.prune.prune`, in a folder.
+    """The finished blocks of one run of :func:`~greedy_helpers.pruning.prune`, in a folder.
 
     A block counts as finished when its record is there, which is written last; each file is written under another name,
     forced to the disk and renamed. So whenever the process dies, the folder holds whole blocks and nothing else, and
@@ -146,10 +156,13 @@ class WorkFolder:
         weights = block.state_dict(prefix=f"{blocks_path(model)}.{index}.")
         if distributed.is_first():
             if record["steps"]:  # else the block is as it was
-                partial = _partial(self._weights(index))
-                save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, partial)
-                record["sha256"] = sha256_of(partial)
-                _put_in_place(partial, self._weights(index))
+                tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+
+                def write(partial: Path) -> None:
+                    save_file(tensors, partial)
+                    record["sha256"] = sha256_of(partial)
+
+                replace_file(self._weights(index), write)
             _write_json(self._record(index), record)
         self.finished = distributed.from_first(index + 1)
         if record["steps"]:
