@@ -189,7 +189,9 @@ def compare_latency(models: Mapping[str, PreTrainedModel], tokens: Tensor, repea
     def forward(model: PreTrainedModel, batch: Tensor) -> dict[str, float]:
         return {"seconds": _timed(model.device, lambda: model(input_ids=batch, use_cache=False))[0]}
 
-    return {name: rounds.seconds.median() for name, rounds in _take_turns(models, tokens, forward, repeats).items()}
+    return {
+        name: float(rounds.seconds.median()) for name, rounds in _take_turns(models, tokens, forward, repeats).items()
+    }
 
 
 def latency_table(
