@@ -1,10 +1,10 @@
 """Depth-2 modules: which linear layers belong together, and which of their channels belong to which unit.
 
-What every other module asks of a model is answered below, too: its blocks, linears, parameters, the tokens it reads.
-
 x -> level 1 (parallel linears) -> nonlinearity or attention -> level 2 -> residual stream (paper, sec. 3.1).
 Removing a *unit* (a KV head with its query heads, or an FFN channel) takes its output channels out of level 1 and
 its input channels out of level 2; nothing outside the module changes shape.
+
+What the rest of the package asks of any model is in this file, too: its blocks, linears, parameters, the tokens it can read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -253,8 +254,8 @@ def _axis_size(owner: nn.Module, where: str) -> int:
     """`"self.head_dim"` or `"num_heads // num_kv_heads"` read off the owner; 1 where there is no such attribute."""
     values = []
     for path in where.split(" // "):
-        parent, _, name = path.rpartition(".")
-        values.append(getattr(owner.get_submodule(parent), name, 1))
+        *parents, name = path.split(".")
+        values.append(getattr(reduce(getattr, parents, owner), name, 1))
     return values[0] if len(values) == 1 else values[0] // values[1]
 
 
