@@ -347,19 +347,16 @@ def cost_table(
             "decode_macs": count_macs(model, 1, batch, cache=seq)["total"],
         }
     costs = pd.DataFrame.from_dict(rows, orient="index")
-    phases = ("prefill", "decode") if repeats else ()
-    if phases:
+    spreads = pd.DataFrame(index=costs.index)
+    if repeats:
         how = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock}
-        measured = latency_table(models, tokens, batch_sizes=[batch], **how).set_index(["phase", "model"])
-    for phase in phases:
-        costs[f"{phase}_seconds"] = measured.seconds[phase]
-    table = pd.DataFrame(index=costs.index)
-    for column in costs:
-        table[column] = costs[column]
-        table[f"{column}_ratio"] = costs[column] / costs[column].iloc[0]
-    for phase in phases:
-        table[f"{phase}_iqr"] = measured.iqr[phase]
-    table["ideal_speedup"] = 1 / table["parameters_ratio"]
-    for phase in phases:
-        table[f"{phase}_speedup"] = 1 / table[f"{phase}_seconds_ratio"]
+        measured = latency_table(models, tokens, batch_sizes=[batch], **how).set_index("model")
+        for phase, times in measured.groupby("phase", sort=False):
+            costs[f"{phase}_seconds"], spreads[f"{phase}_iqr"] = times.seconds, times.iqr
+    ratios = costs / costs.iloc[0]
+    pairs = [column for name in costs for column in (costs[name], ratios[name].rename(f"{name}_ratio"))]
+    table = pd.concat([*pairs, spreads], axis=1)
+    for name, cost in {"ideal": "parameters", "prefill": "prefill_seconds", "decode": "decode_seconds"}.items():
+        if cost in costs:
+            table[f"{name}_speedup"] = 1 / ratios[cost]
     return table

@@ -4,7 +4,7 @@ x -> level 1 (parallel linears) -> nonlinearity or attention -> level 2 -> resid
 Removing a *unit* (a KV head with its query heads, or an FFN channel) takes its output channels out of level 1 and
 its input channels out of level 2; nothing outside the module changes shape.
 
-What the rest of the package asks of any model is in this file, too: blocks, linears, parameters, the tokens it can read.
+What the rest of the package asks of any model is in this file, too: blocks, linears, parameters, tokens it can read.
 """
 
 from __future__ import annotations
