@@ -25,7 +25,6 @@ from .structure import blocks_of, check_tokens, count_parameters, depth2_modules
 
 T = TypeVar("T")
 _PEAK_RESET = Path("/proc/self/clear_refs")  # man 5 proc
-_PHASES = ("prefill", "decode")
 _WARM_UP = 2  # untimed rounds: lazy initialisation, caches, clock frequencies
 
 
@@ -60,10 +59,9 @@ def count_macs(
     blocks, last = blocks_of(model), model.get_output_embeddings()
     inside = set(linears_of(blocks).values())
     linears = batch * seq * sum(linear.weight.numel() for linear in inside)
-    head = 0
-    for linear in set(linears_of(model).values()) - inside:
-        positions = min(seq, logits_to_keep or seq) if linear is last else seq
-        head += batch * positions * linear.weight.numel()
+    positions = {last: min(seq, logits_to_keep or seq)}
+    outside = set(linears_of(model).values()) - inside
+    head = batch * sum(positions.get(linear, seq) * linear.weight.numel() for linear in outside)
     attention = sum(
         2 * batch * channels * seq * (cached + seq)
         for channels, cached in zip(_query_channels(model), _cached(model, len(blocks), cache), strict=True)
@@ -85,8 +83,6 @@ def _query_channels(model: PreTrainedModel) -> list[int]:
 
 def _cached(model: PreTrainedModel, n_blocks: int, cache: int) -> list[int]:
     """Per block: how many of `cache` earlier tokens its cache still holds."""
-    if not cache:
-        return [0] * n_blocks
     # only transformers knows which blocks of which family slide; a cache that knows no layers holds everything
     layers = DynamicCache(config=model.config).layers or [None] * n_blocks
     windows = [getattr(layer, "sliding_window", None) for layer in layers]
@@ -183,13 +179,19 @@ def compare_latency(models: Mapping[str, PreTrainedModel], tokens: Tensor, repea
     of one call with each other, not with those of another day. Two untimed passes come first.
 
     Raises:
-        TypeError, ValueError: tokens that a model cannot read (:func:`~greedy_helpers.structure.check_tokens`).
+        TypeError, ValueError: tokens that a model cannot read, or repeats below 1.
     """
+    if repeats < 1:
+        raise ValueError(f"compare_latency: expected repeats >= 1, found {repeats}")
+    for model in models.values():
+        check_tokens(model, tokens)
 
-    def forward(model: PreTrainedModel, batch: Tensor) -> tuple[float]:
-        return (_timed(model.device, lambda: model(input_ids=batch, use_cache=False))[0],)
+    def forward(model: PreTrainedModel, batch: Tensor) -> dict[str, float]:
+        return {"seconds": _timed(model.device, lambda: model(input_ids=batch, use_cache=False))[0]}
 
-    return {name: spread["median"] for name, (spread,) in _take_turns(models, tokens, forward, repeats).items()}
+    return {
+        name: float(rounds.seconds.median()) for name, rounds in _take_turns(models, tokens, forward, repeats).items()
+    }
 
 
 def latency_table(
@@ -244,7 +246,7 @@ def latency_table(
         if not model.can_generate():
             raise ValueError(f"latency_table: {name}: expected a model that generates, found {type(model).__name__}")
 
-    def generate(model: PreTrainedModel, prompt: Tensor) -> tuple[float, float]:
+    def generate(model: PreTrainedModel, prompt: Tensor) -> dict[str, float]:
         last_only = _last_logits_only(model)
         prefill, (_, cache) = _timed(model.device, lambda: forward_cached(model, prompt, None, **last_only), clock)
 
@@ -253,13 +255,14 @@ def latency_table(
             for _ in range(new_tokens):
                 _, longer = forward_cached(model, prompt[:, -1:], longer)  # any token takes equally long
 
-        return prefill, _timed(model.device, decode, clock)[0] / new_tokens
+        return {"prefill": prefill, "decode": _timed(model.device, decode, clock)[0] / new_tokens}
 
     rows = []
     for size in batch_sizes:
-        for name, spreads in _take_turns(models, tokens[:size], generate, repeats).items():
-            for phase, spread, n_tokens in zip(_PHASES, spreads, (size * seq, size), strict=True):
-                rows.append([name, phase, size, seq, spread["median"], spread["iqr"], n_tokens / spread["median"]])
+        for name, rounds in _take_turns(models, tokens[:size], generate, repeats).items():
+            for phase, n_tokens in {"prefill": size * seq, "decode": size}.items():
+                low, median, high = rounds[phase].quantile([0.25, 0.5, 0.75])
+                rows.append([name, phase, size, seq, median, high - low, n_tokens / median])
     return pd.DataFrame(rows, columns="model phase batch seq seconds iqr tokens_per_second".split())
 
 
@@ -271,25 +274,19 @@ def _last_logits_only(model: PreTrainedModel) -> dict[str, int]:
 def _take_turns(
     models: Mapping[str, PreTrainedModel],
     tokens: Tensor,
-    measure: Callable[[PreTrainedModel, Tensor], tuple[float, ...]],
+    measure: Callable[[PreTrainedModel, Tensor], dict[str, float]],
     repeats: int,
-) -> dict[str, list[dict[str, float]]]:
-    """Median and interquartile range of what `measure(model, tokens)` returns, in eval mode, one of each per number.
+) -> dict[str, pd.DataFrame]:
+    """What `measure(model, tokens)` returns for every model in turn, in eval mode: one row per round.
 
-    Every round measures every model once. The first rounds are thrown away.
+    The first rounds are thrown away.
     """
-    for model in models.values():
-        check_tokens(model, tokens)
-    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in models}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     with eval_mode(*models.values()):
         for _ in range(_WARM_UP + repeats):
             for name, model in models.items():
-                measured[name].append(measure(model, tokens.to(model.device)))
-    quartiles = {name: pd.DataFrame(rounds[_WARM_UP:]).quantile([0.25, 0.5, 0.75]) for name, rounds in measured.items()}
-    return {
-        name: [{"median": median, "iqr": high - low} for low, median, high in table.T.to_numpy()]
-        for name, table in quartiles.items()
-    }
+                rounds[name].append(measure(model, tokens.to(model.device)))
+    return {name: pd.DataFrame(rows[_WARM_UP:]) for name, rows in rounds.items()}
 
 
 def _timed(
@@ -350,18 +347,16 @@ def cost_table(
             "decode_macs": count_macs(model, 1, batch, cache=seq)["total"],
         }
     costs = pd.DataFrame.from_dict(rows, orient="index")
-    phases = _PHASES if repeats else ()
+    spreads = pd.DataFrame(index=costs.index)
     if repeats:
         how = {"new_tokens": new_tokens, "repeats": repeats, "clock": clock}
-        measured = latency_table(models, tokens, batch_sizes=[batch], **how).set_index(["phase", "model"])
-    for phase in phases:
-        costs[f"{phase}_seconds"] = measured.seconds[phase]
-    table = pd.DataFrame(index=costs.index)
-    for column in costs:
-        table[column] = costs[column]
-        table[f"{column}_ratio"] = costs[column] / costs[column].iloc[0]
-    for phase in phases:
-        table[f"{phase}_iqr"] = measured.iqr[phase]
-    for column, cost in {"ideal": "parameters", **{phase: f"{phase}_seconds" for phase in phases}}.items():
-        table[f"{column}_speedup"] = 1 / table[f"{cost}_ratio"]
+        measured = latency_table(models, tokens, batch_sizes=[batch], **how).set_index("model")
+        for phase, times in measured.groupby("phase", sort=False):
+            costs[f"{phase}_seconds"], spreads[f"{phase}_iqr"] = times.seconds, times.iqr
+    ratios = costs / costs.iloc[0]
+    pairs = [column for name in costs for column in (costs[name], ratios[name].rename(f"{name}_ratio"))]
+    table = pd.concat([*pairs, spreads], axis=1)
+    for name, cost in {"ideal": "parameters", "prefill": "prefill_seconds", "decode": "decode_seconds"}.items():
+        if cost in costs:
+            table[f"{name}_speedup"] = 1 / ratios[cost]
     return table

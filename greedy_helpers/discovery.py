@@ -254,7 +254,7 @@ def _read_structure(twin: PreTrainedModel) -> Family:
     last = f".{_BLOCKS - 1}."
     for reader, coupled in coupling(twin).items():
         place, _, below = reader.partition(last)
-        # Level 2 hears from linears of its own block only; who reads the residual stream hears from earlier ones too.
+        # Level 2 depends on linears of its own block only; a reader of the residual stream on earlier blocks, too.
         if not below or not all(writer.startswith(place + last) for writer in coupled):
             continue
         try:

@@ -3,6 +3,8 @@
 x -> level 1 (parallel linears) -> nonlinearity or attention -> level 2 -> residual stream (paper, sec. 3.1).
 Removing a *unit* (a KV head with its query heads, or an FFN channel) takes its output channels out of level 1 and
 its input channels out of level 2; nothing outside the module changes shape.
+
+What the rest of the package asks of any model is in this file, too: blocks, linears, parameters, tokens it can read.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -136,7 +139,7 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Dropout is off within the `with`; behind it every model is back in the mode it was in before."""
+    """Eval mode within the `with`, so no dropout; after it every model is in the mode that it was in before."""
     modes = [model.training for model in models]
     try:
         for model in models:
@@ -206,7 +209,7 @@ def depth2_modules(
         ValueError: a kind that does not exist, or a weight whose channels do not factor into its layout.
     """
     family = family or family_of(model)
-    path, found = blocks_path(model, family), []
+    path, modules = blocks_path(model, family), []
     n_blocks = len(model.get_submodule(path))
     kinds = set(get_args(Kind)) if kinds is None else _check_kinds(kinds, family, model)
     for block in range(n_blocks) if blocks is None else blocks:
@@ -215,8 +218,8 @@ def depth2_modules(
         for layout in family.modules:
             if layout.kind in kinds:
                 name = ".".join(filter(None, [path, str(block), layout.owner]))
-                found.append(_module(model, layout, name, block))
-    return found
+                modules.append(_module(model, layout, name, block))
+    return modules
 
 
 def _check_kinds(kinds: Iterable[Kind], family: Family, model: PreTrainedModel) -> set[Kind]:
@@ -252,10 +255,7 @@ def _axis_size(owner: nn.Module, where: str) -> int:
     values = []
     for path in where.split(" // "):
         *parents, name = path.split(".")
-        found = owner
-        for parent in parents:
-            found = getattr(found, parent)
-        values.append(getattr(found, name, 1))
+        values.append(getattr(reduce(getattr, parents, owner), name, 1))
     return values[0] if len(values) == 1 else values[0] // values[1]
 
 

@@ -5,6 +5,7 @@
 The tests measure the same things again and compare.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,15 +17,7 @@ import transformers
 from tiny import CONFIGS, ENCODERS, VOCABULARY, tiny_model
 from torch import Tensor
 
-from greedy_helpers import (
-    depth2_modules,
-    discover,
-    export_plain,
-    load_pruned,
-    remove_units,
-    save_pruned,
-    zero_units,
-)
+from greedy_helpers import depth2_modules, discover, export_plain, load_pruned, remove_units, save_pruned, zero_units
 from greedy_helpers.structure import family_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +28,11 @@ ATTENTION = ("eager", "sdpa")
 
 def some_tokens(batch: int = 3, seq: int = 20) -> Tensor:
     return torch.randint(1, VOCABULARY, (batch, seq), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model) -> Tensor:
+    return model(input_ids=some_tokens())[0]
 
 
 def random_cut(n_units: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -57,6 +55,15 @@ def removed_and_zeroed(name: str, attention: str | None, blocks: list[int], dtyp
     return removed, zeroed
 
 
+def assert_removing_equals_zeroing(model):
+    """Every second unit of every module of `model` is removed, and zeroed in a copy."""
+    zeroed = copy.deepcopy(model)
+    for a, b in zip(depth2_modules(model), depth2_modules(zeroed), strict=True):
+        remove_units(a, torch.arange(a.n_units)[1::2])
+        zero_units(b, torch.arange(b.n_units)[::2])
+    torch.testing.assert_close(logits_of(model), logits_of(zeroed), rtol=0, atol=1e-10)
+
+
 def supported_attention(name: str) -> list[str]:
     """The implementations that transformers offers for this class."""
     found = []
@@ -69,12 +76,10 @@ def supported_attention(name: str) -> list[str]:
     return found
 
 
-@torch.no_grad()
 def greatest_difference(name: str, attention: str, blocks: list[int]) -> tuple[float, float]:
     """(removed against zeroed, removed against dense): the first has to vanish, the second must not."""
     removed, zeroed = removed_and_zeroed(name, attention, blocks)
-    tokens = some_tokens()
-    a, b, dense = (m(input_ids=tokens)[0] for m in (removed, zeroed, tiny_model(name, attention=attention)))
+    a, b, dense = map(logits_of, (removed, zeroed, tiny_model(name, attention=attention)))
     return (a - b).abs().max().item(), (a - dense).abs().max().item()
 
 
@@ -104,12 +109,11 @@ def discovery_agrees(name: str) -> bool:
     )
 
 
-@torch.no_grad()
 def reloads(name: str, folder: Path) -> bool:
     # float32, as loaded: Gemma's embedding scale is rounded when the model is built, not when it is cast
     model, _ = removed_and_zeroed(name, None, [0, 1], torch.float32)
     again, _ = load_pruned(save_pruned(model, folder), device="cpu")
-    return torch.equal(again(input_ids=some_tokens())[0], model(input_ids=some_tokens())[0])
+    return torch.equal(logits_of(again), logits_of(model))
 
 
 def export(name: str, folder: Path) -> str:
@@ -122,8 +126,7 @@ def export(name: str, folder: Path) -> str:
             export_plain(model, folder / name)
         except ValueError:  # no config can say it
             continue
-        with torch.no_grad():
-            torch.save(model(input_ids=some_tokens())[0], folder / f"{name}.logits")
+        torch.save(logits_of(model), folder / f"{name}.logits")
         has_attention = any(module.kind == "attention" for module in depth2_modules(model))
         return words if has_attention else "FFN"
     return "no"
@@ -185,15 +188,8 @@ def render(results: dict) -> str:
     for name, row in results["families"].items():
         exact = f"yes ({', '.join(row['attention'])})" if row["removed_minus_zeroed"] <= 1e-10 else "NO"
         yes = {True: "yes", False: "NO", None: "encoder"}
-        cells = [
-            name,
-            row["cuts"],
-            yes[row["discovered"]],
-            exact,
-            yes[row["cache"]],
-            yes[row["reloaded"]],
-            row["export"],
-        ]
+        discovered, cache, reloaded = (yes[row[key]] for key in ("discovered", "cache", "reloaded"))
+        cells = [name, row["cuts"], discovered, exact, cache, reloaded, row["export"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -141,6 +141,8 @@ def test_latency_names_and_interleaves():
     assert set(seconds) == {"a", "b"}
     assert all(value > 0 for value in seconds.values())
     assert order == ["a", "b"] * 5  # two rounds of warm-up, three timed
+    with pytest.raises(ValueError, match="compare_latency: expected repeats >= 1, found 0"):
+        compare_latency(models, torch.zeros(1, 8, dtype=torch.long), repeats=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "falcon-7b"])

@@ -6,7 +6,7 @@ from tiny import tiny_model
 from transformers import XLMConfig, XLMModel
 
 from greedy_helpers import UnknownFamily, depth2_modules, set_weight, weight_of
-from greedy_helpers.structure import channel_index
+from greedy_helpers.structure import channel_index, eval_mode
 
 
 def test_channel_index_by_hand():
@@ -45,6 +45,19 @@ def test_some_blocks_only():
     assert {module.block for module in depth2_modules(model, [1])} == {1}
     with pytest.raises(IndexError, match=r"expected blocks in \[0, 2\), found 2"):
         depth2_modules(model, [2])
+
+
+def test_eval_mode_puts_every_model_back():
+    models = [torch.nn.Dropout().train(), torch.nn.Dropout().eval()]
+
+    def interrupted():
+        with eval_mode(*models):
+            assert [model.training for model in models] == [False, False]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [model.training for model in models] == [True, False]
 
 
 def test_unknown_family_is_refused_by_name():

@@ -4,56 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TINY, assert_untouched, state_of
+from conftest import assert_untouched, state_of
 from tiny import tiny_model
 
-from greedy_helpers import depth2_modules, remove_units, set_weight, surgery, undone_on_error, weight_of, zero_units
-
-
-def random_units(n_units: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(keep, cut): a random half, in random order."""
-    order = torch.randperm(n_units, generator=torch.Generator().manual_seed(seed))
-    return order[: n_units // 2], order[n_units // 2 :]
-
-
-def removed_and_zeroed(name: str, attention: str, blocks: list[int]):
-    removed, zeroed = tiny_model(name), tiny_model(name)
-    for twin in (removed, zeroed):
-        twin.set_attn_implementation(attention)
-    for seed, (cut_here, zero_here) in enumerate(
-        zip(depth2_modules(removed, blocks), depth2_modules(zeroed, blocks), strict=True)
-    ):
-        keep, cut = random_units(cut_here.n_units, seed)
-        remove_units(cut_here, keep)
-        zero_units(zero_here, cut)
-    return removed, zeroed
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("blocks", [[0], [0, 1]])
-@pytest.mark.parametrize("name", TINY)
-def test_removed_equals_zeroed(name, blocks, attention, tokens):
-    removed, zeroed = removed_and_zeroed(name, attention, blocks)
-    with torch.no_grad():
-        a, b = removed(tokens).logits, zeroed(tokens).logits
-        dense = tiny_model(name)(tokens).logits
-    assert (a - b).abs().max() <= 1e-10
-    assert (a - dense).abs().max() > 0.1, "the cut changed nothing, so equality proves nothing"
-    assert sum(p.numel() for p in removed.parameters()) < sum(p.numel() for p in zeroed.parameters())
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_generation_with_cache_equals_recomputation(name, tokens):
-    removed, _ = removed_and_zeroed(name, "sdpa", [0])
-    prompt = tokens[:1, :6]
-    written = removed.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0
-    )
-    again = prompt
-    with torch.no_grad():
-        while again.shape[1] < written.shape[1]:
-            again = torch.cat([again, removed(again, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(written, again)
+from greedy_helpers import depth2_modules, remove_units, set_weight, surgery, zero_units
 
 
 @pytest.mark.parametrize(
@@ -87,15 +41,6 @@ def test_sizes_follow_the_weights():
     assert attention.owner.c_attn.bias.shape == (108,)
     assert (attention.owner.c_proj.nf, attention.owner.c_proj.nx) == (48, 36)
     assert depth2_modules(model)[0].n_units == 3
-
-
-def test_nothing_else_is_touched(model):
-    before = {name: parameter for name, parameter in model.named_parameters()}
-    module = depth2_modules(model)[1]
-    remove_units(module, torch.arange(5))
-    mine = {f"{group.path}.{part}" for group in module.groups for part in ("weight", "bias")}
-    for name, parameter in model.named_parameters():
-        assert (parameter is before[name]) == (name not in mine or parameter is module.level2.linear.bias)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -156,18 +101,3 @@ def test_bad_units_are_refused_and_nothing_changes(units, error, message):
 def test_zeroing_every_unit_is_refused():
     with pytest.raises(ValueError, match="at least one unit"):
         zero_units(depth2_modules(tiny_model("llama"))[0], torch.arange(4))
-
-
-def test_undone_on_error_restores_weights_and_sizes(model):
-    before = state_of(model)
-
-    def cut_everything_then_stop():
-        with undone_on_error(model):
-            for module in depth2_modules(model):
-                remove_units(module, torch.tensor([0]))
-            assert weight_of(depth2_modules(model)[1].level2.linear).shape[1] == 1
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cut_everything_then_stop()
-    assert_untouched(model, before)
