@@ -92,7 +92,6 @@ from .tasks import (
     PairedAccuracy,
     multiple_choice,
     paired_accuracy,
-    write_lm_eval_task,
     zero_shot,
 )
 
@@ -207,7 +206,6 @@ __all__ = [
     "weight_bytes",
     "weight_norm",
     "weight_of",
-    "write_lm_eval_task",
     "zero_shot",
     "zero_units",
 ]
