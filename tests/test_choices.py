@@ -89,6 +89,16 @@ def test_identifiers_are_variables_seen_before(tasks, held_out):
         assert any(item.context + item.choices[item.answer] in text for text in held_out["code"])
 
 
+def test_no_distractor_stands_in_the_context(monkeypatch):
+    """Every third line is the same: the nearest and most alike of all, and in every context."""
+    same = "    everywhere(the_same_line, again)"
+    lines = [same if i % 3 == 0 else f"    number_{i:03d} = something({i:03d}, {i:03d})" for i in range(300)]
+    monkeypatch.setattr("greedy_helpers.course.choices.documents", lambda source, split: {"text": ["\n".join(lines)]})
+    for item in continuation_items("code", 15):
+        assert same in item.context
+        assert sum(same.strip() in choice for choice in item.choices) == (same in item.choices[item.answer])
+
+
 _FUNCTION = '''
 def area(width, height):
     """A docstring of some length, so that there is enough context before the place in question, and more."""
@@ -130,7 +140,7 @@ def test_items_of_a_local_file(tmp_path):
 
 def test_judge_of_a_sweep():
     model, tokenizer = load_model("llama-mini")
-    items = choice_tasks(SOURCES, 3)
+    items = choice_tasks(SOURCES, 6, seed=2)
     assert list(items) == ["code choices", "prose choices", "identifiers"]
     expected = {label: multiple_choice(model, tokenizer, items[label]).acc_norm for label in items}
-    assert choice_judge(3)("llama-mini")(model) == expected
+    assert choice_judge(6, seed=2)("llama-mini")(model) == expected

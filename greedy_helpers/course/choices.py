@@ -76,12 +76,11 @@ def continuation_items(source: str = "code", n: int = 150, *, seed: int = 0) -> 
     Raises:
         ValueError: the held-out text has fewer than `n` such places.
     """
-    sites = _sites(source, _line_sites if source == "code" else _sentence_sites)
 
     def items(draw: random.Random) -> Iterator[MultipleChoice]:
+        sites = _sites(source, _line_sites if source == "code" else _sentence_sites)
         for document, site in _apart(sites, draw):
-            others = _distractors(site, sites, document)
-            if len(others) >= 3:
+            if len(others := _distractors(site, sites, document)) >= 3:
                 texts = [site.text, *draw.sample(others, 3)]
                 order = draw.sample(range(4), 4)
                 choices = tuple(site.lead + texts[i] for i in order)
@@ -97,10 +96,9 @@ def identifier_items(n: int = 150, *, seed: int = 0) -> list[MultipleChoice]:
     which an earlier line of the context names (not `self` or `cls`), followed by the code that really follows, up to
     the end of a line.
 
-    A choice is scored whole, name and what follows. WinoGrande scores only what follows ("partial evaluation"),
-    because its names have likelihoods of their own that say nothing about the sentence. A name of a local variable is
-    part of the question: the context has introduced it, and which one is expected is what the model should know. On
-    the embedded models whole scores are more accurate than partial ones.
+    A choice is scored whole, name and what follows. WinoGrande scores only what follows ("partial evaluation"), because
+    its names say nothing about the sentence; a variable has been introduced by the context and is part of the question.
+    On the embedded models whole scores are more accurate.
 
     Raises:
         ValueError: this Python's held-out modules have fewer than `n` such places.
@@ -159,7 +157,9 @@ def _distractors(site: _Site, sites: Sequence[Sequence[_Site]], document: int) -
     """The nearest texts of other sites that could stand at this one, of other documents only where they are lacking."""
     texts: dict[str, None] = {}
     for distance in range(len(sites)):
-        for neighbour in sorted({document - distance, document + distance} & set(range(len(sites)))):
+        for neighbour in sorted({document - distance, document + distance}):
+            if not 0 <= neighbour < len(sites):
+                continue
             fitting = [
                 other
                 for other in sites[neighbour]
