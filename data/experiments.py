@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from greedy_helpers.compare import CRITERIA, FLAP, PAPER, RECOMMENDED, Recipe, Settings, sweep
-from greedy_helpers.tasks import choice_judge
+from greedy_helpers.course.choices import choice_judge
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("llama-mini", "gpt2-mini")

@@ -14,10 +14,11 @@ import torch
 from . import distributed
 from .checkpoint import MANIFEST, load_model, save_pruned
 from .compare import ALLOCATIONS, CRITERIA, RECOMMENDED, REMEDIES, Recipe, Settings, apply, frame, sweep
+from .course.choices import choice_tasks
 from .data import calibration_tokens, default_sources, self_generated_tokens
 from .evaluate import evaluate_text, generate_text, read_text
 from .structure import count_parameters
-from .tasks import choice_tasks, multiple_choice, zero_shot
+from .tasks import multiple_choice, zero_shot
 
 _EXAMPLES = """examples:
   python -m greedy_helpers prune llama-mini pruned --ratio 0.25

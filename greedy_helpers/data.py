@@ -1,18 +1,18 @@
 """Text to calibrate on and to evaluate on, as packed windows of token ids.
 
-The default text needs no network: it is the Python on the reader's own machine. The standard
-library's source is the domain `"code"`, the language reference in `pydoc_data.topics` the domain
-`"prose"`. A fixed hash of each module's path decides what is held out, so every interpreter agrees on
-the split, and the embedded models never saw the `"test"` split of either domain.
+The default text needs no network: it is the Python on the reader's own machine. The standard library's source is the
+domain `"code"`, the language reference in `pydoc_data.topics` the domain `"prose"`. A fixed hash of each module's path
+decides what is held out, so every interpreter agrees on the split, and the embedded models never saw the `"test"` split
+of either domain.
 
 Every source is named by one string:
 
-| source                               | what it is                                                     |
-|--------------------------------------|----------------------------------------------------------------|
-| `"code"`, `"prose"`                  | the two domains of :func:`python_corpus`                         |
-| `"ptb"`, `"c4"`                      | Penn Treebank, one shard of C4 (see :data:`PUBLISHED`) |
-| `"org/dataset"`, `"org/dataset:cfg"` | a Hugging Face dataset, e.g. `"Salesforce/wikitext:wikitext-2-raw-v1"` |
-| a path ending in .txt .md .jsonl .csv .parquet | a local file, split by a hash of each paragraph or row |
+| source                                         | what it is                                                      |
+|------------------------------------------------|-----------------------------------------------------------------|
+| `"code"`, `"prose"`                            | the two domains of :func:`python_corpus`                        |
+| `"ptb"`, `"c4"`                                | Penn Treebank, one shard of C4 (see :data:`PUBLISHED`)          |
+| `"org/dataset"`, `"org/dataset:cfg"`           | a Hub dataset, e.g. `"Salesforce/wikitext:wikitext-2-raw-v1"`   |
+| a path ending in .txt .md .jsonl .csv .parquet | a local file, split by a hash of each paragraph or row          |
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import math
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -57,8 +59,8 @@ PUBLISHED = {
 }
 
 _HELD_OUT_ONE_IN = 10
-# Not prose, not code anybody would want continued: tests, generated tables, vendored wheels, grammars,
-# and pydoc_data, whose topics are the held-out prose itself.
+# Not prose, not code anybody would want continued: tests, generated tables, vendored wheels, grammars, and pydoc_data,
+# whose topics are the held-out prose itself.
 _SKIPPED_FOLDERS = frozenset(
     "test tests idle_test site-packages dist-packages __pycache__ encodings pydoc_data lib2to3 _bundled "
     "turtledemo".split()
@@ -70,8 +72,8 @@ _LOCAL_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".csv": "csv"
 def is_held_out(name: str) -> bool:
     """Whether a document belongs to the test split: a fixed hash of its name, the same on every machine.
 
-    One name in ten is held out. For the standard library `name` is the module's posix path below the
-    library's root (`"json/decoder.py"`), for local files it is the text itself.
+    One name in ten is held out. For the standard library `name` is the module's posix path below the library's root
+    (`"json/decoder.py"`), for local files it is the text itself.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0
@@ -80,13 +82,13 @@ def is_held_out(name: str) -> bool:
 def python_corpus(split: Split, domain: Literal["code", "prose"] = "code") -> Dataset:
     """The running interpreter's own text: a Dataset with the columns `name` and `text`.
 
-    | domain  | train                                              | test                              |
-    |---------|----------------------------------------------------|-----------------------------------|
-    | `code`  | source of nine in ten modules of the standard library | source of the held-out modules    |
-    | `prose` | docstrings of those training modules               | `pydoc_data.topics`, the language reference |
+    | domain  | train                                                 | test                                        |
+    |---------|-------------------------------------------------------|---------------------------------------------|
+    | `code`  | source of nine in ten modules of the standard library | source of the held-out modules              |
+    | `prose` | docstrings of those training modules                  | `pydoc_data.topics`, the language reference |
 
-    One document per module (or topic), in a fixed order. The split depends on module paths only, so two
-    Python versions differ in the text of a module but never in its side.
+    One document per module (or topic), in a fixed order. The split depends on module paths only, so two Python versions
+    differ in the text of a module but never in its side.
 
     Raises:
         ValueError: `split` or `domain` is not one of the above.
@@ -99,18 +101,19 @@ def python_corpus(split: Split, domain: Literal["code", "prose"] = "code") -> Da
     if domain == "prose" and split == "test":
         from pydoc_data.topics import topics
 
-        documents = sorted(topics.items())
+        named = sorted(topics.items())
     else:
-        documents = [(name, text) for name, text in _standard_library() if is_held_out(name) == (split == "test")]
+        named = [(name, text) for name, text in _standard_library() if is_held_out(name) == (split == "test")]
         if domain == "prose":
-            documents = [(name, prose) for name, text in documents if (prose := docstrings(text))]
-    return Dataset.from_dict({"name": [name for name, _ in documents], "text": [text for _, text in documents]})
+            named = [(name, prose) for name, text in named if (prose := docstrings(text))]
+    return Dataset.from_dict({"name": [name for name, _ in named], "text": [text for _, text in named]})
 
 
 @lru_cache(maxsize=1)
 def _standard_library() -> tuple[tuple[str, str], ...]:
+    """(posix path below the root, text) of every module, in the order of their paths."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    modules = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _SKIPPED_FOLDERS.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
@@ -121,13 +124,13 @@ def _standard_library() -> tuple[tuple[str, str], ...]:
         except (OSError, SyntaxError, UnicodeDecodeError):
             continue
         if len(text) >= _MIN_CHARACTERS:
-            found.append((relative.as_posix(), text))
-    if not found:
+            modules.append((relative.as_posix(), text))
+    if not modules:
         raise FileNotFoundError(
             f"python_corpus: expected the standard library's .py files below {root}, found none; "
             "name another text source, e.g. a local .txt file"
         )
-    return tuple(found)
+    return tuple(modules)
 
 
 def docstrings(source: str, min_characters: int = 80) -> str:
@@ -140,16 +143,16 @@ def docstrings(source: str, min_characters: int = 80) -> str:
     except (SyntaxError, ValueError, RecursionError):
         return ""
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
-    return "\n\n".join(text for text in found if text and len(text) >= min_characters)
+    texts = (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, nodes))
+    return "\n\n".join(text for text in texts if text and len(text) >= min_characters)
 
 
 def documents(source: str = "code", split: Split = "train", column: str = "text") -> Dataset:
     """The documents of any source as a Dataset with a column `text` (see the table at the top of this file).
 
-    WikiText's rows are lines; they are joined with blank lines into one document, the convention behind
-    every published WikiText-2 perplexity. Local files have no split of their own: a paragraph or row is
-    held out when :func:`is_held_out` says so of its text.
+    WikiText's rows are lines; they are joined with blank lines into one document, the convention behind every published
+    WikiText-2 perplexity. Local files have no split of their own: :func:`is_held_out` of a paragraph's or row's text
+    decides.
 
     Raises:
         ValueError: the source has no such column, or nothing is left on that side of the split.
@@ -160,8 +163,8 @@ def documents(source: str = "code", split: Split = "train", column: str = "text"
         return python_corpus(split, source)
     if Path(source).suffix in _LOCAL_FORMATS:
         return _local_documents(Path(source), split, column)
-    known = PUBLISHED.get(source)
-    if known is not None:
+    if source in PUBLISHED:
+        known = PUBLISHED[source]
         arguments, column, join = known[split] | {"split": "train"}, known["column"], known["join"]
     else:
         path, _, config = source.partition(":")
@@ -210,51 +213,39 @@ def _require_column(dataset: Dataset, column: str, source: str) -> None:
 def pack(token_ids: Iterable[list[int]], seq: int, separator: int | None = None) -> tuple[Tensor, Tensor]:
     """Cut documents of token ids into windows without padding and without losing a token.
 
-    The documents are laid end to end, each preceded by `separator` (if given), and cut every `seq` tokens.
-    Padding would put positions into the calibration statistics that no reader ever writes.
+    The documents are laid end to end, each preceded by `separator` (if given), and cut every `seq` tokens. Padding
+    would put positions into the calibration statistics that no reader ever writes.
 
     Returns:
         windows: long [n, seq].
-        rest: long [r], r < seq: the tokens after the last full window. `windows.flatten()` followed by
-            `rest` is the whole stream.
+        rest: long [r], r < seq: the tokens after the last full window. `windows.flatten()` and `rest` are the stream.
+
+    Raises:
+        ValueError: `seq` is below 2.
     """
     if seq < 2:
         raise ValueError(f"pack: expected windows of at least 2 tokens, found seq={seq}")
-    parts = []
-    for ids in token_ids:
-        parts.append(torch.tensor(([] if separator is None else [separator]) + list(ids), dtype=torch.long))
-    stream = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    head = [] if separator is None else [separator]
+    parts = [torch.tensor([*head, *ids], dtype=torch.long) for ids in token_ids]
+    stream = torch.cat([torch.empty(0, dtype=torch.long), *parts])
     n = len(stream) // seq
     return stream[: n * seq].view(n, seq), stream[n * seq :]
 
 
 def _packed_windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], seq: int, enough: int | None = None
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], seq: int, enough: float = math.inf
 ) -> Tensor:
     """Windows [n, seq] of tokenized texts; stops reading once `enough` tokens are there."""
 
     def token_ids() -> Iterator[list[int]]:
-        seen, batch = 0, []
-        for text in texts:
-            batch.append(text)
-            if len(batch) < 32:
-                continue
-            for ids in _tokenize(tokenizer, batch):
+        remaining, seen = iter(texts), 0
+        while seen < enough and (batch := list(islice(remaining, 32))):
+            # verbose=False: documents are meant to be longer than the model's context; pack() cuts them.
+            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 seen += len(ids) + 1
                 yield ids
-            batch = []
-            if enough is not None and seen >= enough:
-                return
-        if batch:
-            yield from _tokenize(tokenizer, batch)
 
-    windows, _ = pack(token_ids(), seq, separator_id(tokenizer))
-    return windows
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: documents are meant to be longer than the model's context; pack() cuts them.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return pack(token_ids(), seq, separator_id(tokenizer))[0]
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -267,11 +258,12 @@ def calibration_tokens(
 ) -> Tensor:
     """`n` random windows of the training split: long [n, seq] on the CPU.
 
-    `source` may name several, joined by `+` (`"code+prose"`): equal parts of each, one after the other in turn.
+    The documents are shuffled by `seed`, read until they hold sixteen times the tokens asked for (or all of them are
+    read), packed, and `n` windows are drawn without replacement. The paper uses n=16 for its criterion and n=1024 for
+    its reconstruction, at seq=128 (LLaMA) or 1024 (GPT-2).
 
-    The documents are shuffled by `seed`, read until they hold sixteen times the tokens asked for (or all of
-    them are read), packed, and `n` windows are drawn without replacement. The paper uses n=16 for its
-    criterion and n=1024 for its reconstruction, at seq=128 (LLaMA) or 1024 (GPT-2).
+    Args:
+        source: one text source, or several joined by `+` (`"code+prose"`), whose windows come in turn.
 
     Raises:
         ValueError: the source holds fewer than `n` windows of `seq` tokens.
@@ -280,10 +272,10 @@ def calibration_tokens(
         raise ValueError(f"calibration_tokens: expected at least 1 window, found n={n}")
     sources = [source] if Path(source).exists() else source.split("+")
     if len(sources) > 1:
-        sizes = [n // len(sources) + (place < n % len(sources)) for place in range(len(sources))]
-        parts = [calibration_tokens(tokenizer, m, seq, one, seed) for m, one in zip(sizes, sources, strict=True) if m]
-        places = [(row, part) for part, m in enumerate(sizes) for row in range(m)]
-        return torch.stack([parts[part][row] for row, part in sorted(places)])
+        k = len(sources)
+        sizes = [len(range(first, n, k)) for first in range(min(n, k))]
+        parts = [calibration_tokens(tokenizer, m, seq, one, seed) for m, one in zip(sizes, sources, strict=False)]
+        return torch.stack([parts[i % k][i // k] for i in range(n)])
     generator = torch.Generator().manual_seed(seed)
     texts = documents(source, "train")["text"]
     order = torch.randperm(len(texts), generator=generator).tolist()
@@ -305,30 +297,27 @@ def evaluation_tokens(
 ) -> Tensor:
     """Windows of the held-out split: long [n, seq] on the CPU.
 
-    All windows, or `n` of them evenly spaced over the split (always the same ones: comparing two models
-    on different windows would measure the windows). With `part="validation"` the `n` windows halfway between those:
-    for choosing between methods, so that the test windows judge the choice.
+    All windows, or `n` of them evenly spaced over the split (always the same ones: comparing two models on different
+    windows would measure the windows). With `part="validation"` the `n` windows halfway between those: for choosing
+    between methods, so that the test windows judge the choice.
 
     Raises:
         ValueError: the source holds fewer than `n` windows of `seq` tokens.
     """
+    if n is not None and n < 1:
+        raise ValueError(f"evaluation_tokens: expected at least 1 window, found n={n}")
     windows = _packed_windows(tokenizer, documents(source, "test")["text"], seq)
-    available = len(windows)
-    if available < (n or 1) or (n is not None and n < 1):
+    available, validation = len(windows), part == "validation"
+    needed = 1 if n is None else n * (1 + validation)
+    if available < needed:
         raise ValueError(
-            f"evaluation_tokens: expected {n or 'at least 1'} windows of {seq} tokens in the held-out split of "
-            f"{source!r}, found {available}"
+            f"evaluation_tokens: expected {needed} windows of {seq} tokens in the held-out split of {source!r}"
+            + f" to set {n} of them aside for validation" * validation
+            + f", found {available}"
         )
     if n is None:
         return windows
-    if part == "validation":
-        if available < 2 * n:
-            raise ValueError(
-                f"evaluation_tokens: expected {2 * n} held-out windows of {seq} tokens in {source!r} to set {n} of "
-                f"them aside for validation, found {available}"
-            )
-        return windows[(torch.arange(n) * available + available // 2) // n]
-    return windows[torch.arange(n) * available // n]
+    return windows[(torch.arange(n) * available + validation * (available // 2)) // n]
 
 
 # --- calibration without data (paper, sec. 4 and appendix D)
@@ -382,8 +371,9 @@ def self_generated_tokens(
     if n < 1 or not 2 <= seq <= context:
         raise ValueError(f"self_generated_tokens: expected n >= 1 and 2 <= seq <= {context}, found n={n}, seq={seq}")
     if not temperature > 0 or (top_k is not None and top_k < 1):
-        found = f"{temperature} and {top_k}"
-        raise ValueError(f"self_generated_tokens: expected temperature > 0 and top_k >= 1, found {found}")
+        raise ValueError(
+            f"self_generated_tokens: expected temperature > 0 and top_k >= 1, found {temperature} and {top_k}"
+        )
     generator = torch.Generator().manual_seed(seed)
     if start == "separator":
         first = None if tokenizer is None else separator_id(tokenizer)

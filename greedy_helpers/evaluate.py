@@ -21,9 +21,9 @@ from .structure import check_tokens, input_device
 def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 16) -> float:
     """exp of the mean negative log-likelihood over the n * (seq - 1) targets of non-overlapping windows.
 
-    Each window of `tokens` (long [n, seq]) starts with an empty context, so the number depends on seq: quote
-    it. Log-probabilities are taken in float32 whatever the model's dtype and summed in float64, so the result
-    does not depend on `batch_size` beyond rounding.
+    Each window of `tokens` (long [n, seq]) starts with an empty context, so the number depends on seq: quote it.
+    Log-probabilities are taken in float32 whatever the model's dtype and summed in float64, so the result does not
+    depend on `batch_size` beyond rounding.
 
     Raises:
         TypeError, ValueError: see :func:`check_tokens`.
@@ -94,10 +94,9 @@ def read_text(tokenizer: PreTrainedTokenizerBase, source: str = "code", split: S
         ends[-1] = len(text)
         ends = torch.tensor(ends).cummax(0).values
         bytes_up_to = torch.tensor([0, *accumulate(len(character.encode("utf-8", "replace")) for character in text)])
-        found = bytes_up_to[ends].diff(prepend=torch.zeros(1, dtype=torch.long))
         head = [] if separator is None else [separator]
         ids.append(torch.tensor(head + encoded["input_ids"]))
-        size.append(torch.cat([torch.zeros(len(head), dtype=torch.long), found]))
+        size.append(bytes_up_to[ends].diff(prepend=torch.zeros(1 + len(head), dtype=torch.long)))
         document.append(torch.full((len(ids[-1]),), number))
     if not ids:
         raise ValueError(f"read_text: no text in split {split!r} of {source!r}")
@@ -211,13 +210,13 @@ def evaluate_text(
     stride = seq if stride is None else stride
     if not 1 <= stride <= seq or seq < 2:
         raise ValueError(f"evaluate_text: expected seq >= 2 and a stride in [1, seq], found seq={seq}, stride={stride}")
-    available = (len(text.ids) - seq) // stride + 1 if len(text.ids) >= seq else 0
-    if available < (1 if windows is None else windows) or (windows is not None and windows < 1):
-        wanted = "at least 1 window" if windows is None else f"{windows} windows"
-        raise ValueError(
-            f"evaluate_text: expected {wanted} of {seq} tokens at stride {stride}, found {available} in {len(text.ids)}"
-        )
+    available = max(0, (len(text.ids) - seq) // stride + 1)
     n = available if windows is None else windows
+    if not 1 <= n <= available:
+        raise ValueError(
+            f"evaluate_text: expected 1 <= windows <= {available}, as many as {len(text.ids)} tokens hold at seq={seq} "
+            f"and stride={stride}, found windows={windows}"
+        )
     starts = torch.arange(n) * available // n * stride
     places = starts[:, None] + torch.arange(seq)  # [n, seq]
     counted = torch.zeros(n, seq - 1, dtype=torch.bool)
@@ -229,10 +228,8 @@ def evaluate_text(
     kind: Literal["documents", "windows"] = "documents"
     if clusters.max() < 9:
         kind, clusters = "windows", torch.arange(n)[:, None].expand(n, seq - 1)[counted]
-    empty = torch.zeros(int(clusters.max()) + 1, dtype=torch.float64)
-    nats = empty.index_add(0, clusters, losses)
-    size = empty.index_add(0, clusters, text.size[targets].double()).long()
-    return TextScore(seq, stride, n, kind, nats, clusters.bincount(), size)
+    size = clusters.bincount(text.size[targets]).long()
+    return TextScore(seq, stride, n, kind, clusters.bincount(losses), clusters.bincount(), size)
 
 
 @torch.no_grad()
@@ -249,6 +246,9 @@ def generate_text(
     """`prompt` and what the model writes after it. Temperature 0 is greedy decoding, the same on every run.
 
     Stops at the end-of-text token, after `max_new_tokens`, or where the model's context ends.
+
+    Raises:
+        ValueError: a prompt of no token, or one that fills the context.
     """
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(input_device(model))
     n_prompt = encoded["input_ids"].shape[1]
@@ -259,13 +259,12 @@ def generate_text(
         raise ValueError(f"generate_text: expected a prompt shorter than the context of {context}, found {n_prompt}")
     if temperature > 0:
         torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         max_new_tokens=min(max_new_tokens, context - n_prompt),
         repetition_penalty=repetition_penalty,
         pad_token_id=tokenizer.eos_token_id,
-        **sampling,
+        **({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}),
     )
     return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,54 +1,35 @@
-"""Zero-shot multiple choice: accuracy where the paper reports it, on tasks built from held-out text and on lm_eval's.
+"""Zero-shot multiple choice: accuracy, where the paper reports it.
 
-A model answers by likelihood: it picks the choice that it finds most probable after the context. Three tasks need no
-network:
-
-| task                          | modelled on                   | question                            | chance |
-|-------------------------------|-------------------------------|-------------------------------------|--------|
-| `continuation_items("code")`  | HellaSwag (arXiv 1905.07830)  | which lines come next?              | 1/4    |
-| `continuation_items("prose")` | HellaSwag                     | how does this sentence end?         | 1/4    |
-| `identifier_items()`          | WinoGrande (arXiv 1907.10641) | which of two variables stands here? | 1/2    |
-
-Items are text, not token ids: every model answers the same ones, whatever its tokenizer. Where the seven data sets of
-the paper are reachable, :func:`zero_shot` runs them with EleutherAI's lm-evaluation-harness (lm_eval) on the model in
-memory; :func:`write_lm_eval_task` hands our items to it.
+A model answers by likelihood: it picks the choice that it finds most probable after the context.
+:func:`multiple_choice` scores any items; :mod:`greedy_helpers.course.choices` builds some that need no network. Where
+the seven data sets of the paper are reachable, :func:`zero_shot` runs them with EleutherAI's lm-evaluation-harness
+(lm_eval) on the model in memory.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
 import difflib
-import json
 import logging
 import math
 import random
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import load_tokenizer
-from .data import default_sources, documents
 from .structure import check_tokens
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-
-_CONTEXT = (100, 200)  # characters: about 25 to 64 tokens
-_CONTINUATION = (30, 90)  # characters: about 8 to 24 tokens
-_SIMILAR = 1.15  # lengths of choices and truth differ by at most this factor
-_NEARBY = 12  # distractors are drawn from this many candidates, the nearest in the document
-_WORDS = 4  # a sentence is cut where at least this many words are on either side
+_COLUMNS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 
 @dataclass(frozen=True)
@@ -77,244 +58,6 @@ class MultipleChoice:
             raise ValueError(f"MultipleChoice: expected an answer in [0, {len(self.choices)}), found {self.answer}")
 
 
-# --- items from held-out text
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A place in a document where a text goes on. Positions count lines or words."""
-
-    first: int  # where the context begins
-    begin: int  # where the continuation begins
-    end: int  # behind the continuation
-    context: str
-    lead: str  # the white space between the two
-    text: str
-
-
-def continuation_items(
-    source: str = "code",
-    n: int = 150,
-    *,
-    choices: int = 4,
-    seed: int = 0,
-    cut: Literal["line", "word"] | None = None,
-) -> list[MultipleChoice]:
-    """`n` questions from the held-out split of any source of :func:`~greedy_helpers.data.documents`.
-
-    The distractors are what goes on at other places of the same document (of those beside it, where it is short):
-    places of the same kind (after the same line breaks and indentation, or within a sentence), of similar length (a
-    factor of 1.15 at most), and nearby (drawn from the twelve nearest), so that neither length nor topic gives the
-    answer away. None of them overlaps with the item, equals the truth, or stands in the context. No two items overlap,
-    and no two true choices end alike.
-
-    Contexts end and choices begin at white space, where byte-level tokenizers split anyway: the tokens of `context` are
-    the first tokens of `context + choice`.
-
-    Args:
-        choices: how many, the true one included.
-        seed: of the places, the distractors, and the order of the choices.
-        cut: `"line"`: whole lines as they are, one or more up to 30 characters. `"word"`: a sentence's end of at least
-            four words after its beginning, white space made single. Default: lines for `"code"`, words otherwise.
-
-    Raises:
-        ValueError: the held-out text has fewer than `n` such places.
-    """
-    if n < 1 or choices < 2:
-        raise ValueError(f"continuation_items: expected n >= 1 and choices >= 2, found {n} and {choices}")
-    cut = cut or ("line" if source == "code" else "word")
-    if cut not in ("line", "word"):
-        raise ValueError(f"continuation_items: expected cut 'line' or 'word', found {cut!r}")
-    find = _line_sites if cut == "line" else _word_sites
-    sites = [list(find(text)) for text in documents(source, "test")["text"]]
-    draw = random.Random(seed)
-    items: list[MultipleChoice] = []
-    for document, site in _apart(sites, draw):
-        others = _distractors(site, sites, document, choices - 1)
-        if len(others) < choices - 1:
-            continue
-        texts = [site.text, *draw.sample(others, choices - 1)]
-        order = draw.sample(range(choices), choices)
-        items.append(MultipleChoice(site.context, tuple(site.lead + texts[i] for i in order), order.index(0)))
-        if len(items) == n:
-            return items
-    raise ValueError(
-        f"continuation_items: expected {n} places in the held-out split of {source!r} with {choices - 1} distractors "
-        f"each, found {len(items)}"
-    )
-
-
-def _apart(sites: Sequence[Sequence[_Site]], draw: random.Random) -> Iterator[tuple[int, _Site]]:
-    """(document, site) in random order, without those that overlap with an earlier one or a copy of it."""
-    places = [(document, site) for document, found in enumerate(sites) for site in found]
-    draw.shuffle(places)
-    taken: dict[int, list[_Site]] = {}
-    tails = set()
-    for document, site in places:
-        earlier, tail = taken.setdefault(document, []), site.text[-_CONTINUATION[0] :]
-        if tail not in tails and not any(site.first < other.end and other.first < site.end for other in earlier):
-            earlier.append(site)
-            tails.add(tail)
-            yield document, site
-
-
-def _distractors(site: _Site, sites: Sequence[Sequence[_Site]], document: int, least: int) -> list[str]:
-    """The nearest texts of other sites that could stand at this one, of other documents only where they are lacking."""
-    found: dict[str, None] = {}
-    for distance in range(len(sites)):
-        for other_document in dict.fromkeys((document - distance, document + distance)):
-            if 0 <= other_document < len(sites):
-                found |= dict.fromkeys(_fitting(site, sites[other_document], same_document=distance == 0))
-        if len(found) >= least:
-            break
-    return list(found)[:_NEARBY]
-
-
-def _fitting(site: _Site, sites: Sequence[_Site], same_document: bool) -> list[str]:
-    fitting = [
-        other
-        for other in sites
-        if other.lead == site.lead
-        and len(other.text) <= _SIMILAR * len(site.text)
-        and len(site.text) <= _SIMILAR * len(other.text)
-        and not (same_document and other.begin < site.end and site.first < other.end)
-        and other.text != site.text
-        and other.text not in site.context
-    ]
-    fitting.sort(key=lambda other: abs(other.begin - site.begin))
-    one_per_end: dict[int, str] = {}  # the ends of one sentence contain each other
-    for other in fitting:
-        one_per_end.setdefault(other.end, other.text)
-    return list(one_per_end.values())
-
-
-def _line_sites(text: str) -> Iterator[_Site]:
-    lines = text.split("\n")  # splitlines would split at form feeds, too
-    for begin in range(1, len(lines)):
-        end = begin
-        while end < len(lines) and lines[end].strip() and len("\n".join(lines[begin:end]).strip()) < _CONTINUATION[0]:
-            end += 1
-        continuation = "\n".join(lines[begin:end])
-        if not _CONTINUATION[0] <= len(continuation.strip()) <= _CONTINUATION[1]:
-            continue
-        first = _reach_back(lines, begin, "\n")
-        before = "\n".join(lines[first:begin])
-        context = before.rstrip()
-        if len(context.strip()) >= _CONTEXT[0]:
-            lead = before[len(context) :] + "\n" + continuation[: -len(continuation.lstrip())]
-            yield _Site(first, begin, end, context.lstrip("\n"), lead, continuation.strip())
-
-
-_SENTENCE_BEGINS = re.compile(r"[\"'`(*]*[A-Z]")
-
-
-def _word_sites(text: str) -> Iterator[_Site]:
-    position = 0
-    for paragraph in re.split(r"\n\s*\n", text):
-        words = paragraph.split()
-        if not words or not _SENTENCE_BEGINS.match(words[0]) or words[-1][-1] not in ".!?:":
-            continue  # a heading, a table, code
-        begins = [i for i in range(1, len(words)) if words[i - 1][-1] in ".!?" and _SENTENCE_BEGINS.match(words[i])]
-        for start, end in zip([0, *begins], [*begins, len(words)], strict=True):
-            for begin in range(start + _WORDS, end - _WORDS + 1):
-                continuation = " ".join(words[begin:end])
-                if _CONTINUATION[0] <= len(continuation) <= _CONTINUATION[1]:
-                    first = _reach_back(words, begin, " ")
-                    context = " ".join(words[first:begin])
-                    if len(context) >= _CONTEXT[0]:
-                        yield _Site(position + first, position + begin, position + end, context, " ", continuation)
-        position += len(words)
-
-
-def _reach_back(parts: Sequence[str], begin: int, joint: str, least: int = 0) -> int:
-    """The first of the parts before `begin` that fit into a context."""
-    first, length = begin, -len(joint)
-    while first > least and (length := length + len(joint) + len(parts[first - 1])) <= _CONTEXT[1]:
-        first -= 1
-    return first
-
-
-def identifier_items(n: int = 150, *, seed: int = 0) -> list[MultipleChoice]:
-    """`n` questions of held-out code: which of two local variables stands here?
-
-    The context is a function's code up to a place where a variable is read; both choices are variables of that function
-    which an earlier line of the context names (not `self` or `cls`), followed by the code that really follows, up to
-    the end of a line.
-
-    A choice is scored whole, name and what follows. WinoGrande scores only what follows ("partial evaluation"),
-    because its names have likelihoods of their own that say nothing about the sentence. A name of a local variable is
-    part of the question: the context has introduced it, and which one is expected here is what the model should know.
-    On the embedded models whole scores are more accurate than partial ones.
-
-    Raises:
-        ValueError: this Python's held-out modules have fewer than `n` such places.
-    """
-    if n < 1:
-        raise ValueError(f"identifier_items: expected n >= 1, found {n}")
-    sites = [list(_variable_sites(text)) for text in documents("code", "test")["text"]]
-    draw = random.Random(seed)
-    items: list[MultipleChoice] = []
-    for _, site in _apart(sites, draw):
-        names = [site.name, draw.choice(site.others)]
-        draw.shuffle(names)
-        choices = tuple(site.lead + name + site.text.removeprefix(site.name) for name in names)
-        items.append(MultipleChoice(site.context, choices, names.index(site.name)))
-        if len(items) == n:
-            return items
-    raise ValueError(f"identifier_items: expected {n} places in the held-out code of this Python, found {len(items)}")
-
-
-@dataclass(frozen=True)
-class _VariableSite(_Site):
-    name: str  # the variable that begins the text
-    others: tuple[str, ...]  # variables that could stand there as well
-
-
-def _variable_sites(text: str) -> Iterator[_VariableSite]:
-    """Every place where a function reads one of its variables, with enough code around."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError):  # written for another Python
-        return
-    lines, seen = text.split("\n"), set()  # as ast counts them
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        names = list(_names(function))
-        bound = {name for _, _, name, is_read in names if not is_read} - {"self", "cls"}
-        bound = {name for name in bound if name.strip("_") == name}  # tokenizers join "(_" and "_)"
-        for number, column, name, is_read in names:
-            line = lines[number - 1]
-            # Columns count bytes, and those inside an f-string are wrong before Python 3.12.
-            if not is_read or name not in bound or (number, column) in seen or not line.isascii():
-                continue
-            if line[column : column + len(name)] != name:
-                continue
-            seen.add((number, column))  # nested functions are walked twice
-            first = _reach_back([*lines[: number - 1], line[:column]], number, "\n", function.lineno - 1)
-            before = "\n".join([*lines[first : number - 1], line[:column]]) if first < number else ""
-            earlier = {other for row, _, other, _ in names if first < row < number} & bound
-            last, here = number, line[column:]
-            while last < function.end_lineno and len(here.rstrip()) < _CONTINUATION[0]:
-                here += "\n" + lines[last]
-                last += 1
-            context, here = before.rstrip(), here.rstrip()
-            fits = _CONTINUATION[0] <= len(here) <= _CONTINUATION[1] and len(context.strip()) >= _CONTEXT[0]
-            if fits and name in earlier and len(earlier) > 1:
-                lead, others = before[len(context) :], tuple(sorted(earlier - {name}))
-                yield _VariableSite(first, number - 1, last, context, lead, here, name, others)
-
-
-def _names(function: ast.AST) -> Iterator[tuple[int, int, str, bool]]:
-    """(line from 1, column in bytes, name, whether it is read) of a function's arguments and variables."""
-    quoted = {id(node) for text in ast.walk(function) if isinstance(text, ast.JoinedStr) for node in ast.walk(text)}
-    for node in ast.walk(function):
-        if isinstance(node, ast.arg):
-            yield node.lineno, node.col_offset, node.arg, False
-        elif isinstance(node, ast.Name) and id(node) not in quoted:
-            yield node.lineno, node.col_offset, node.id, isinstance(node.ctx, ast.Load)
-
-
 # --- scoring
 
 
@@ -334,21 +77,14 @@ class ChoiceScores:
 
     @property
     def correct(self) -> Tensor:
-        """Which items have the true choice as their likeliest: bool [n]."""
-        return torch.tensor(
-            [_best(scores) == answer for scores, answer in zip(self.log_likelihoods, self.answers, strict=True)]
-        )
+        """Which items have the true choice as their likeliest, the first of equals: bool [n]."""
+        return _right(self.log_likelihoods, self.answers)
 
     @property
     def correct_norm(self) -> Tensor:
         """The same by log-likelihood per character (lm_eval's acc_norm): bool [n]."""
-        per_character = [
-            [score / length for score, length in zip(scores, lengths, strict=True)]
-            for scores, lengths in zip(self.log_likelihoods, self.characters, strict=True)
-        ]
-        return torch.tensor(
-            [_best(scores) == answer for scores, answer in zip(per_character, self.answers, strict=True)]
-        )
+        pairs = zip(self.log_likelihoods, self.characters, strict=True)
+        return _right([[score / n for score, n in zip(*pair, strict=True)] for pair in pairs], self.answers)
 
     @property
     def acc(self) -> float:
@@ -362,7 +98,7 @@ class ChoiceScores:
 
     @property
     def acc_stderr(self) -> float:
-        """Standard error of :attr:`acc`: over the draw of the items, the only thing that is random here."""
+        """Standard error of :attr:`acc`: over the draw of the items, the only thing that is random."""
         return _standard_error(self.correct)
 
     @property
@@ -380,8 +116,8 @@ class ChoiceScores:
         return {name: getattr(self, name) for name in ("chance", *_COLUMNS)} | {"items": len(self.answers)}
 
 
-def _best(scores: Sequence[float]) -> int:
-    return max(range(len(scores)), key=scores.__getitem__)  # the first of equals
+def _right(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> Tensor:
+    return torch.tensor([max(range(len(s)), key=s.__getitem__) == a for s, a in zip(scores, answers, strict=True)])
 
 
 def _standard_error(values: Tensor) -> float:
@@ -410,11 +146,11 @@ def multiple_choice(
     """
     if not items:
         raise ValueError("multiple_choice: expected at least one item, found none")
-    rows = _encode(tokenizer, [(item.context, choice) for item in items for choice in item.choices])
-    limit = getattr(model.config, "max_position_embeddings", None)
+    rows = _encode(tokenizer, items)
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     owners = [number for number, item in enumerate(items) for _ in item.choices]
     for owner, (ids, n_scored) in zip(owners, rows, strict=True):
-        if limit is not None and len(ids) - 1 > limit:
+        if len(ids) - 1 > limit:
             raise ValueError(
                 f"multiple_choice: item {owner} has a choice of {len(ids)} tokens with its context, expected at most "
                 f"{limit + 1} for the context of {type(model).__name__}; build shorter items"
@@ -422,26 +158,24 @@ def multiple_choice(
         if not 1 <= n_scored < len(ids):
             raise ValueError(f"multiple_choice: item {owner}: {n_scored} of its {len(ids)} tokens are left to score")
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # like lengths together: little padding
-    sums = [0.0] * len(rows)
+    sums = torch.zeros(len(rows), dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
-            for row, total in zip(batch, _log_likelihoods(model, [rows[row] for row in batch]), strict=True):
-                sums[row] = total
+        for batch in torch.tensor(order).split(batch_size):
+            sums[batch] = _log_likelihoods(model, [rows[row] for row in batch])
     finally:
         model.train(was_training)
-    remaining = iter(sums)
     return ChoiceScores(
-        tuple(tuple(next(remaining) for _ in item.choices) for item in items),
+        tuple(tuple(part.tolist()) for part in sums.split([len(item.choices) for item in items])),
         tuple(tuple(map(len, item.choices)) for item in items),
         tuple(item.answer for item in items),
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
-    """(token ids of context + choice, how many of them are scored) for every pair, split where lm_eval splits."""
+def _encode(tokenizer: PreTrainedTokenizerBase, items: Sequence[MultipleChoice]) -> list[tuple[list[int], int]]:
+    """(token ids of context + choice, how many of them are scored) for every choice, split where lm_eval splits."""
+    pairs = [(item.context, choice) for item in items for choice in item.choices]
     contexts = tokenizer([context.rstrip() for context, _ in pairs], verbose=False)["input_ids"]
     wholes = tokenizer([context + choice for context, choice in pairs], verbose=False)["input_ids"]
     return [
@@ -450,7 +184,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
     ]
 
 
-def _log_likelihoods(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+def _log_likelihoods(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) -> Tensor:
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
     check_tokens(model, ids[:, : max(2, ids.shape[1] - 1)])  # the last token is never read
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -458,10 +192,10 @@ def _log_likelihoods(model: PreTrainedModel, rows: Sequence[tuple[list[int], int
     end = torch.tensor([len(row) - 1 for row, _ in rows])[:, None]
     scored = (place < end) & (place >= end - torch.tensor([n for _, n in rows])[:, None])
     logits = model(input_ids=inputs.to(model.device), use_cache=False).logits[scored.to(model.device)]
-    found = logits.float().log_softmax(-1).gather(1, targets[scored].to(model.device)[:, None])[:, 0].double().cpu()
-    if not found.isfinite().all():
+    log_p = logits.float().log_softmax(-1).gather(1, targets[scored].to(model.device)[:, None])[:, 0].double().cpu()
+    if not log_p.isfinite().all():
         raise FloatingPointError(f"multiple_choice: {type(model).__name__} returned NaN or Inf logits")
-    return torch.zeros(scored.shape, dtype=torch.float64).masked_scatter(scored, found).sum(1).tolist()
+    return torch.zeros(scored.shape, dtype=torch.float64).masked_scatter(scored, log_p).sum(1)
 
 
 @dataclass(frozen=True)
@@ -483,8 +217,8 @@ class PairedAccuracy:
     p_value: float
 
 
-def paired_accuracy(first: ChoiceScores, second: ChoiceScores, *, normalised: bool = True) -> PairedAccuracy:
-    """Compare two models item by item, by acc_norm or (`normalised=False`) by acc.
+def paired_accuracy(first: ChoiceScores, second: ChoiceScores) -> PairedAccuracy:
+    """Compare two models item by item, by acc_norm.
 
     Raises:
         ValueError: the scores are of different items.
@@ -494,7 +228,7 @@ def paired_accuracy(first: ChoiceScores, second: ChoiceScores, *, normalised: bo
             f"paired_accuracy: expected scores of the same items, found {len(first.answers)} and {len(second.answers)} "
             "items with other answers or choices"
         )
-    a, b = (scores.correct_norm if normalised else scores.correct for scores in (first, second))
+    a, b = first.correct_norm, second.correct_norm
     only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
     differing = only_first + only_second
     tail = sum(math.comb(differing, k) for k in range(min(only_first, only_second) + 1)) / 2**differing
@@ -502,44 +236,6 @@ def paired_accuracy(first: ChoiceScores, second: ChoiceScores, *, normalised: bo
     return PairedAccuracy(
         difference.mean().item(), _standard_error(difference), only_first, only_second, min(1.0, 2 * tail)
     )
-
-
-# --- the tasks of this file as a set
-
-
-def choice_tasks(sources: Mapping[str, str], n: int = 150, seed: int = 0) -> dict[str, list[MultipleChoice]]:
-    """Label -> `n` items: a continuation task per text, and `"identifiers"` if the embedded code is among them.
-
-    Args:
-        sources: label -> source, as :func:`~greedy_helpers.data.default_sources` returns them. The text `"code"`
-            becomes the task `"code choices"`.
-    """
-    tasks = {f"{label} choices": continuation_items(source, n, seed=seed) for label, source in sources.items()}
-    return tasks | ({"identifiers": identifier_items(n, seed=seed)} if "code" in sources.values() else {})
-
-
-def choice_judge(
-    n: int = 150, seed: int = 0, batch_size: int = 32
-) -> Callable[[str], Callable[[PreTrainedModel], dict[str, float]]]:
-    """For `extra` of :func:`~greedy_helpers.compare.sweep`: adds accuracies to the rows of a sweep.
-
-    Returns:
-        model name -> (model -> {task: accuracy in [0, 1]}), the tasks being :func:`choice_tasks` of the model's
-        :func:`~greedy_helpers.data.default_sources`, the accuracy :attr:`ChoiceScores.acc_norm`. Items are built and
-        the tokenizer is loaded once per name.
-    """
-
-    def of_model(name: str) -> Callable[[PreTrainedModel], dict[str, float]]:
-        tasks, tokenizer = choice_tasks(default_sources(name), n, seed), load_tokenizer(name)
-
-        def judge(model: PreTrainedModel) -> dict[str, float]:
-            return {
-                label: multiple_choice(model, tokenizer, items, batch_size).acc_norm for label, items in tasks.items()
-            }
-
-        return judge
-
-    return of_model
 
 
 # --- lm_eval
@@ -551,8 +247,6 @@ def zero_shot(
     tasks: Sequence[str] = PAPER_TASKS,
     *,
     limit: int | None = None,
-    num_fewshot: int = 0,
-    include_path: str | Path | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """Run tasks of lm_eval on the model in memory, with any sizes per module: it is neither reloaded nor moved.
@@ -561,11 +255,8 @@ def zero_shot(
     than the model's context lose their beginning there (lm_eval warns).
 
     Args:
-        tasks: names of lm_eval's tasks, or paths of YAML files as :func:`write_lm_eval_task` writes them. Default:
-            the paper's seven.
+        tasks: names of lm_eval's tasks, or paths of YAML files in its format. Default: the paper's seven.
         limit: items per task, the first ones; None: all. Only whole tasks give numbers to compare with others'.
-        num_fewshot: solved examples before each item.
-        include_path: a folder with more task files.
 
     Returns:
         A row per task and a last one `"mean"`, with `items`, `acc`, `acc_stderr`, `acc_norm`, `acc_norm_stderr`. Shares
@@ -591,17 +282,14 @@ def zero_shot(
     level, was_training, random_state = logger.level, model.training, random.getstate()
     logger.setLevel(logging.ERROR)  # it warns that a model object is not a name
     try:
-        manager = TaskManager(
-            include_path=None if include_path is None else str(include_path),
-            include_defaults=not all(Path(name).is_file() for name in tasks),  # reading thousands of files takes long
-        )
-        loaded = [_load_task(manager, name) for name in tasks]
-        # A copy of the tokenizer: HFLM gives it a padding token.
-        judge = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        found = lm_eval.simple_evaluate(
-            model=judge,
-            tasks=[task for tasks_of_name in loaded for task in tasks_of_name],
-            num_fewshot=num_fewshot,
+        # Only for names: reading thousands of files takes long.
+        manager = TaskManager(include_defaults=not all(Path(name).is_file() for name in tasks))
+        loaded = [task for name in tasks for task in _load_task(manager, name)]
+        results = lm_eval.simple_evaluate(
+            # A copy of the tokenizer: HFLM gives it a padding token.
+            model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
+            tasks=loaded,
+            num_fewshot=0,
             limit=limit,
             task_manager=manager,
             log_samples=False,
@@ -613,20 +301,24 @@ def zero_shot(
         logger.setLevel(level)
         model.train(was_training)
         random.setstate(random_state)  # lm_eval draws from it
-    rows = {}
-    for name, numbers in found["results"].items():
-        columns = {column: numbers.get(f"{column},none", math.nan) for column in _COLUMNS}
-        rows[name] = {"items": found["n-samples"][name]["effective"]} | columns
-    table = pd.DataFrame.from_dict(rows, orient="index")
+    return _table(results)
+
+
+def _table(results: dict) -> pd.DataFrame:
+    table = pd.DataFrame.from_dict(
+        {
+            name: {"items": results["n-samples"][name]["effective"]}
+            | {column: numbers.get(f"{column},none", math.nan) for column in _COLUMNS}
+            for name, numbers in results["results"].items()
+        },
+        orient="index",
+    )
     mean = {"items": table["items"].sum()}
     for column in ("acc", "acc_norm"):
         errors = table[f"{column}_stderr"].dropna()
         mean |= {column: table[column].mean(), f"{column}_stderr": math.hypot(*errors) / max(1, len(errors))}
     table.loc["mean"] = mean
     return table.astype({"items": int})
-
-
-_COLUMNS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 
 def _load_task(manager: TaskManager, name: str) -> list:
@@ -641,40 +333,5 @@ def _load_task(manager: TaskManager, name: str) -> list:
     except Exception as error:  # datasets raises a different class for each way of being offline
         raise ConnectionError(
             f"zero_shot: the data of the task {name!r} is neither cached nor reachable ({type(error).__name__}: "
-            f"{error}). continuation_items and identifier_items need no network"
+            f"{error}). greedy_helpers.course.choices builds tasks that need no network"
         ) from error
-
-
-def write_lm_eval_task(folder: str | Path, name: str, items: Sequence[MultipleChoice]) -> Path:
-    """Write items as a task of lm_eval: `name.jsonl` and `name.yaml`, whose path is returned.
-
-    `zero_shot(model, tokenizer, [path])` runs it, and so does `lm_eval --tasks path`; the accuracies are those of
-    :func:`multiple_choice`. The YAML names the data by its absolute path.
-
-    Raises:
-        ValueError: no items, or a name that is no file name.
-    """
-    if not items:
-        raise ValueError("write_lm_eval_task: expected at least one item, found none")
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"write_lm_eval_task: expected a name of letters, digits, - and _, found {name!r}")
-    folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    data, task = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    data.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), encoding="utf-8")
-    # Fields are named, not written as Jinja templates: those would read the braces of code.
-    config = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",  # choices begin with their own white space
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-        "metadata": {"version": 1.0},
-    }
-    task.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return task

@@ -11,7 +11,6 @@ import pytest
 
 from greedy_helpers import (
     calibration_tokens,
-    continuation_items,
     depth2_modules,
     load_model,
     multiple_choice,
@@ -19,6 +18,7 @@ from greedy_helpers import (
 )
 from greedy_helpers.__main__ import main
 from greedy_helpers.compare import Recipe, apply
+from greedy_helpers.course.choices import continuation_items
 from greedy_helpers.data import evaluation_tokens
 
 FEW = ["--calibration", "4", "--seq", "64"]

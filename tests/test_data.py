@@ -74,22 +74,17 @@ def test_docstrings_come_in_order_and_bad_source_has_none():
     assert docstrings("print 'python 2'") == ""
 
 
-@pytest.mark.parametrize("separator", [None, 9])
-def test_packing_loses_no_token(separator):
-    generator = torch.Generator().manual_seed(0)
-    lengths = [0, 1, 5, 17, 3, 8, 2]
-    ids = [torch.randint(0, 9, (length,), generator=generator).tolist() for length in lengths]
+@pytest.mark.parametrize("lengths", [[0, 1, 5, 17, 3, 8, 2], []])
+@pytest.mark.parametrize("separator", [None, 99])
+def test_packing_loses_no_token(separator, lengths):
+    ids = [list(range(length)) for length in lengths]
     windows, rest = pack(ids, 4, separator)
     stream = [token for document in ids for token in ([] if separator is None else [separator]) + document]
-    assert windows.shape[1] == 4
-    assert len(rest) < 4
+    assert windows.shape == (len(stream) // 4, 4)
     assert windows.flatten().tolist() + rest.tolist() == stream
 
 
-def test_packing_nothing_and_too_short_windows():
-    windows, rest = pack([], 8)
-    assert windows.shape == (0, 8)
-    assert len(rest) == 0
+def test_windows_too_short_to_predict_a_token():
     with pytest.raises(ValueError, match="at least 2"):
         pack([[1, 2]], 1)
 
@@ -107,10 +102,15 @@ def test_calibration_is_seeded_and_from_the_training_split(tokenizer):
     assert piece not in test
 
 
-def test_evaluation_windows_are_the_same_every_time_and_spread(tokenizer):
-    every = evaluation_tokens(tokenizer, None, 128)
-    some = evaluation_tokens(tokenizer, 5, 128)
-    assert torch.equal(some, every[torch.arange(5) * len(every) // 5])
+def test_evaluation_windows_are_spread_and_validation_windows_are_between_them(tokenizer):
+    every = evaluation_tokens(tokenizer, None, 128, "prose")
+    test, validation = (evaluation_tokens(tokenizer, 40, 128, "prose", part) for part in ("test", "validation"))
+    assert torch.equal(test, every[torch.arange(40) * len(every) // 40])
+    places = [(every == window).all(1).nonzero().item() for window in torch.stack([test, validation], 1).flatten(0, 1)]
+    assert places == sorted(set(places))
+    too_many = f"{2 * len(every)} windows .* to set {len(every)} of them aside .* found {len(every)}"
+    with pytest.raises(ValueError, match=too_many):
+        evaluation_tokens(tokenizer, len(every), 128, "prose", "validation")
 
 
 @pytest.mark.parametrize("function", [calibration_tokens, evaluation_tokens])
@@ -119,25 +119,24 @@ def test_more_windows_than_text(function, tokenizer, tmp_path):
     path.write_text("\n\n".join(f"This is paragraph number {i} of a short file." for i in range(60)))
     with pytest.raises(ValueError, match=r"expected 1000 windows of 16 tokens .*short\.txt'.* found \d+"):
         function(tokenizer, 1000, 16, source=str(path))
+    with pytest.raises(ValueError, match="at least 1 window, found n=0"):
+        function(tokenizer, 0)
 
 
-def test_local_text_file_is_split_by_paragraph(tmp_path, tokenizer):
-    path = tmp_path / "mine.txt"
-    paragraphs = [f"This is paragraph number {i} of a file, and it says so." for i in range(60)]
-    path.write_text("\n\n".join(paragraphs))
-    train, test = list(documents(str(path), "train")["text"]), list(documents(str(path), "test")["text"])
-    assert sorted(train + test) == sorted(paragraphs)
+@pytest.mark.parametrize(("suffix", "column"), [("txt", "text"), ("parquet", "body")])
+def test_local_file_is_split_by_paragraph_or_row(suffix, column, tmp_path, tokenizer):
+    path = tmp_path / f"mine.{suffix}"
+    texts = [f"This is paragraph number {i} of a file, and it says so." for i in range(60)]
+    if suffix == "txt":
+        path.write_text("\n\n".join(texts))
+        assert calibration_tokens(tokenizer, 4, 16, source=str(path)).shape == (4, 16)
+    else:
+        Dataset.from_dict({column: texts}).to_parquet(str(path))
+        with pytest.raises(ValueError, match=r"expected a column 'text' .* found \['body'\]"):
+            documents(str(path), "train")
+    train, test = (list(documents(str(path), split, column)["text"]) for split in ("train", "test"))
+    assert sorted(train + test) == sorted(texts)
     assert test
-    assert calibration_tokens(tokenizer, 4, 16, source=str(path)).shape == (4, 16)
-
-
-def test_local_parquet_and_its_column(tmp_path):
-    path = tmp_path / "mine.parquet"
-    Dataset.from_dict({"body": [f"row {i}" for i in range(60)]}).to_parquet(str(path))
-    rows = [*documents(str(path), "train", "body")["text"], *documents(str(path), "test", "body")["text"]]
-    assert len(rows) == 60
-    with pytest.raises(ValueError, match=r"expected a column 'text' .* found \['body'\]"):
-        documents(str(path), "train")
 
 
 def test_missing_file_and_missing_network():
@@ -162,16 +161,6 @@ def test_published_sources_name_their_files(monkeypatch):
     assert asked[0][0] == "parquet"
     assert "penn_treebank/validation/" in asked[0][1]
     assert asked[1] == ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
-
-
-def test_validation_windows_are_other_held_out_windows(tokenizer):
-    test, validation = (evaluation_tokens(tokenizer, 40, 128, "prose", part) for part in ("test", "validation"))
-    windows = evaluation_tokens(tokenizer, None, 128, "prose")
-    rows = [{tuple(row) for row in part.tolist()} for part in (test, validation, windows)]
-    assert len(rows[0] | rows[1]) == 80
-    assert rows[0] | rows[1] <= rows[2]
-    with pytest.raises(ValueError, match=rf"{2 * len(windows)} held-out windows .* found {len(windows)}"):
-        evaluation_tokens(tokenizer, len(windows), 128, "prose", "validation")
 
 
 def test_several_sources_in_equal_parts(tokenizer):
@@ -212,16 +201,22 @@ def test_self_generated_text_depends_on_the_seed_and_not_on_the_batch():
     assert make(temperature=0.05).unique().numel() < make(temperature=2.0).unique().numel()
 
 
-def test_self_generation_refuses_what_it_cannot_do():
-    model = tiny_model("llama")  # 64 positions
-    for options, message in [
-        ({"seq": 65, "start": "random"}, "2 <= seq <= 64, found n=128, seq=65"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq": 65, "start": "random"}, "2 <= seq <= 64, found n=128, seq=65"),  # 64 positions
         ({"temperature": 0.0, "start": "random", "seq": 8}, "expected temperature > 0"),
         ({"seq": 8}, "no separator to start from"),
         ({"seq": 8, "start": "eos"}, "'separator' or 'random', found 'eos'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            self_generated_tokens(model, **options)
+    ],
+)
+def test_self_generation_refuses_what_it_cannot_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        self_generated_tokens(tiny_model("llama"), **options)
+
+
+def test_self_generation_stops_at_nan():
+    model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN or Inf logits"):

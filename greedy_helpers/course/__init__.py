@@ -1,0 +1,1 @@
+"""What only the notebooks use: checkers, pictures, sliders, home-made tasks."""
