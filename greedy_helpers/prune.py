@@ -100,10 +100,10 @@ class PruneReport:
         return pd.DataFrame(rows)
 
     def figure(self) -> Figure:
-        """Units left and errors per module: see :func:`~greedy_helpers.plots.prune_steps`."""
+        """Units left and errors per module: see :func:`~greedy_helpers.course.plots.prune_steps`."""
         from matplotlib import pyplot as plt  # here, so that importing the package does not import matplotlib
 
-        from . import plots
+        from .course import plots
 
         fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", facecolor="white")
         plots.prune_steps(axes, self.to_frame())

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from greedy_helpers import exercises, redundant_heads, unit_divergence
-from greedy_helpers.exercises import NotYet
+from greedy_helpers import redundant_heads, unit_divergence
+from greedy_helpers.course import exercises
+from greedy_helpers.course.exercises import NotYet
 
 
 def entropies(x, eps=0.0):

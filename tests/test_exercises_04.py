@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from greedy_helpers import exercises
-from greedy_helpers.exercises import NotYet
+from greedy_helpers.course import exercises
+from greedy_helpers.course.exercises import NotYet
 
 
 def refused(check, wrong, message):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from greedy_helpers import eliminate, exercises
+from greedy_helpers import eliminate
 from greedy_helpers.allocation import _rising_prices
-from greedy_helpers.exercises import NotYet
+from greedy_helpers.course import exercises
+from greedy_helpers.course.exercises import NotYet
 
 
 def removal_cost(h, b, j):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from greedy_helpers import exercises
-from greedy_helpers.exercises import NotYet
+from greedy_helpers.course import exercises
+from greedy_helpers.course.exercises import NotYet
 
 
 def weights(config, kv=None, dim=None, matrices=3, norms=2):

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from greedy_helpers import Moments, widgets
+from greedy_helpers import Moments
+from greedy_helpers.course import widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 

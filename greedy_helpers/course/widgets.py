@@ -21,10 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .moments import Moments
+from ..moments import Moments
+from ..reconstruct import solve
+from ..similarity import redundant_heads
+from .graphs import similarity_graph
 from .plots import PALETTE
-from .reconstruct import solve
-from .similarity import redundant_heads, similarity_graph
 
 _MARKERS = "osD^vPX*"
 _TICKS = [digit * 10**power for power in range(6) for digit in (1, 1.5, 2, 3, 5, 7)]  # for perplexities

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..evaluate import TextScore
+from ...evaluate import TextScore
 from .common import expect
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..discover import find_units
-from ..structure import channel_index
+from ...discover import find_units
+from ...structure import channel_index
 from .common import expect, is_index
 
 

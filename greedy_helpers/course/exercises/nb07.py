@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..data import calibration_card
+from ..cards import calibration_card
 from .common import expect
 
 
