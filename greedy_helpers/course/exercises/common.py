@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,9 +102,19 @@ def compare(what: str, found: Any, right: Any, *hints: tuple | str, rtol: float 
     raise NotYet(message)
 
 
-def judge(what: str, function: Callable, arguments: tuple, right: Any, *hints: tuple | str, **tolerances: float) -> Any:
-    """Call the function, and compare what it returns."""
-    return compare(what, call(what, function, *arguments), right, *hints, **tolerances)
+@dataclass
+class Answer:
+    """What a function returned for one of the checker's questions."""
+
+    what: str
+    found: Any
+
+    def must_be(self, right: Any, *hints: tuple | str, **tolerances: float) -> Any:
+        return compare(self.what, self.found, right, *hints, **tolerances)
+
+
+def ask(what: str, function: Callable, *arguments: Any) -> Answer:
+    return Answer(what, call(what, function, *arguments))
 
 
 def parts(what: str, found: Any, names: str) -> tuple:

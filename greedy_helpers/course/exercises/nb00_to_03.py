@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ...structure import channel_index
-from .common import call, compare, draw, expect, is_linear, judge, like
+from .common import ask, call, compare, draw, expect, is_linear, like
 
 
 class _Bigrams:
@@ -31,7 +31,9 @@ def check_perplexity(my_perplexity: Callable[..., float]) -> str:
     """Notebook 00: `my_perplexity(model, tokens)` -> number; `tokens` long [windows, seq]."""
     uniform = _Bigrams(torch.zeros(7, 7)), torch.arange(6).view(2, 3)
     hint = "Take natural logarithms, their mean, and then the exponential"
-    judge("my_perplexity of a model for which all 7 tokens are equally likely", my_perplexity, uniform, 7.0, hint)
+    ask("my_perplexity of a model for which all 7 tokens are equally likely", my_perplexity, *uniform).must_be(
+        7.0, hint
+    )
     table = 3 * draw(0, (7, 7))[0].float()
     tokens = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(0))
     surprise = -table.double().log_softmax(-1)
@@ -39,12 +41,9 @@ def check_perplexity(my_perplexity: Callable[..., float]) -> str:
     right = math.exp(sum(map(sum, by_window)) / 12)
     own = surprise.diagonal()[tokens].mean().exp()
     averaged = sum(math.exp(sum(row) / 4) for row in by_window) / 3
-    judge(
-        "my_perplexity of 3 windows of 5 tokens",
-        my_perplexity,
-        (_Bigrams(table), tokens),
+    ask("my_perplexity of 3 windows of 5 tokens", my_perplexity, _Bigrams(table), tokens).must_be(
         right,
-        (own, "Each token is judged on predicting itself; position t predicts token t + 1"),
+        (own, "Each token is askd on predicting itself; position t predicts token t + 1"),
         (averaged, "The windows' perplexities are averaged; average the surprise over all targets first"),
         "Every window has 4 targets",
         rtol=1e-4,
@@ -60,7 +59,7 @@ def check_share_repaired(share_repaired: Callable[..., float]) -> str:
         ((10.0, 40.0, 20.0), 0.5, "From 4 times to 2 times the dense perplexity: half of it, in logarithms"),
         ((10.0, 20.0, 40.0), -1.0, "A repair that harms has a negative share; do not hide it"),
     ]:
-        judge(f"share_repaired{arguments}", share_repaired, arguments, right, hint)
+        ask(f"share_repaired{arguments}", share_repaired, *arguments).must_be(right, hint)
     return "correct: in logarithms, with its sign"
 
 
@@ -77,7 +76,7 @@ def check_activity(activity: Callable[..., Tensor]) -> str:
         right = torch.stack([sum(mean_square[channel] for channel in unit) for unit in index.tolist()])
         neighbours = mean_square.view(index.shape).sum(1)
         hint = (neighbours, "Take the channels that the index names")
-        judge(f"activity, {what}", activity, (module, seen), right, hint)
+        ask(f"activity, {what}", activity, module, seen).must_be(right, hint)
     return "correct: one score per unit, whatever the layout"
 
 
@@ -154,7 +153,7 @@ def check_gated_magnitude(gated_magnitude: Callable[..., Tensor]) -> str:
         if n == d:
             swapped = rows + down.square().sum(1)
             hints.append((swapped, "You took rows of `down`. Its rows are outputs; channel j is its column j"))
-        judge(f"gated_magnitude of {n} channels in {d} dimensions", gated_magnitude, tuple(weights), right, *hints)
+        ask(f"gated_magnitude of {n} channels in {d} dimensions", gated_magnitude, *weights).must_be(right, *hints)
     return "correct: two rows and a column, squared"
 
 
@@ -170,10 +169,7 @@ def check_unit_energy(unit_energy: Callable[..., Tensor]) -> str:
             return torch.stack([(z @ b.T - z[:, r] @ b[:, r].T).square().sum(1).mean() for r in rest])
 
         right, apart = energies(index), (z.square().mean(0) * b.square().sum(0))[index].sum(1)
-        judge(
-            f"unit_energy of {units} units of {width} channel{'s' * (width > 1)}",
-            unit_energy,
-            (z, b, index),
+        ask(f"unit_energy of {units} units of {width} channel{'s' * (width > 1)}", unit_energy, z, b, index).must_be(
             right,
             (right * len(z), "That is the sum over tokens; the *mean* over tokens is asked for"),
             (right / 3, "Sum over the output's dimensions, average over tokens only"),
@@ -198,21 +194,16 @@ def check_first_order(first_order: Callable[..., Tensor]) -> str:
             expect(not (a.requires_grad or b.requires_grad), f"the caller's tensors now ask for gradients. {hint}")
             return found
 
-        parts = torch.zeros_like(a), torch.zeros_like(b)  # w dL/dw by central differences, no autograd
-        for weight, part in zip((a, b), parts, strict=True):
-            for value, product in zip(weight.view(-1).split(1), part.view(-1).split(1), strict=True):
-                old, losses = value.clone(), []
-                for step in (1e-5, -1e-5):
-                    value.copy_(old + step)
-                    losses.append(loss(a, b))
-                value.copy_(old)
-                product.copy_(old * (losses[0] - losses[1]) / 2e-5)
+        def slope(w: Tensor, place: int, others: list, loss: Callable = loss) -> Tensor:
+            """w dL/dw by central differences, no autograd."""
+            steps = 1e-5 * torch.eye(w.numel()).double().view(-1, *w.shape)
+            pairs = [[loss(*others[:place], w + sign * step, *others[place:]) for sign in (1, -1)] for step in steps]
+            return w * torch.tensor([(up - low) / 2e-5 for up, low in pairs]).view(w.shape)
+
+        parts = slope(a, 0, [b]), slope(b, 1, [a])
         level1, level2 = parts[0].abs().sum(1), parts[1].abs().sum(0)
         vector = parts[0].sum(1).abs() + parts[1].sum(0).abs()
-        judge(
-            f"first_order of {n} channels",
-            first_order_without_traces,
-            (loss, a, b),
+        ask(f"first_order of {n} channels", first_order_without_traces, loss, a, b).must_be(
             level1 + level2,
             (vector, "The absolute value comes before the sum (that is LLM-Pruner's 'vector', element1 is asked for)"),
             (level2, "Level 1 is missing; a channel also owns row j of A"),
@@ -280,10 +271,7 @@ def check_js_rows(js_rows: Callable[[Tensor, Tensor], Tensor]) -> str:
     """Notebook 03: `js_rows(p, q)` -> [rows], divergence in nats of the rows of two tensors [rows, keys]."""
     p, q = torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
     right = sum((x * (x / ((p + q) / 2)).log()).sum(-1) for x in (p, q)) / 2  # the other definition, without zeros
-    judge(
-        "js_rows",
-        js_rows,
-        (p, q),
+    ask("js_rows", js_rows, p, q).must_be(
         right,
         (right / math.log(2), "These are bits. Use the natural logarithm (nats)"),
         (right.sqrt(), "This is the root, the Jensen-Shannon distance; leave the root out"),
@@ -293,10 +281,7 @@ def check_js_rows(js_rows: Callable[[Tensor, Tensor], Tensor]) -> str:
         atol=1e-6,
     )
     one = torch.eye(4)
-    judge(
-        "js_rows of rows without a common key, exactly ln 2 apart",
-        js_rows,
-        (one, one.roll(1, 0)),
+    ask("js_rows of rows without a common key, exactly ln 2 apart", js_rows, one, one.roll(1, 0)).must_be(
         torch.full((4,), math.log(2)),
         (lambda found: bool(found.isnan().any()), "NaN: 0 log 0 counts as 0 (torch.special.xlogy)"),
         "Was a small number added inside the logarithm?",
@@ -342,10 +327,7 @@ def check_group_divergence(group_divergence: Callable[[Tensor, int], Tensor]) ->
             right[a, b] = sum(pairs) / len(pairs)
         strided = divergence.reshape(group, n, group, n).mean((0, 2)).fill_diagonal_(0)
         means = divergence.reshape(n, group, n, group).mean((1, 3))
-        judge(
-            f"group_divergence, group={group}",
-            group_divergence,
-            (divergence, group),
+        ask(f"group_divergence, group={group}", group_divergence, divergence, group).must_be(
             right,
             (strided, f"Heads 0, {n}, ... were taken together; consecutive heads share a key: 0, 1, ..."),
             (right * group**2, "These are sums over the pairs of heads; expected means"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .common import call, compare, draw, expect, is_linear, judge, parts, refuses, ridge
+from .common import ask, call, compare, draw, expect, is_linear, parts, refuses, ridge
 
 
 def _toy(seed: int, d_out: int, channels: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,10 +29,7 @@ def check_second_moment_scores(second_moment_scores: Callable[..., Tensor]) -> s
     right = torch.stack([(pre[:, j, None] * b[:, j]).square().sum(1).mean() for j in range(5)])
     columns = b.square().sum(0)
     diagonal = columns * (a.square() @ sigma.diagonal())
-    judge(
-        "second_moment_scores",
-        second_moment_scores,
-        (a, b, sigma),
+    ask("second_moment_scores", second_moment_scores, a, b, sigma).must_be(
         right,
         (right / columns.sqrt(), "The column's norm enters squared: ||B_:,j||^2 is the sum of its squares"),
         (right / 2, "Twice too small: the factor 1/2 belongs to the ReLU, and changes no ranking"),
@@ -43,9 +40,9 @@ def check_second_moment_scores(second_moment_scores: Callable[..., Tensor]) -> s
     a, b, x, sigma = _toy(1, 4, 4, 4)  # all shapes equal: rows and columns are easily mixed up
     right = (x @ a.T).square().mean(0) * b.square().sum(0)
     hint = "Channel j is row j of A and *column* j of B"
-    judge("second_moment_scores of square A and B", second_moment_scores, (a, b, sigma), right, hint)
+    ask("second_moment_scores of square A and B", second_moment_scores, a, b, sigma).must_be(right, hint)
     silent = (torch.zeros_like(a), b, sigma)
-    judge("second_moment_scores of channels that never fire", second_moment_scores, silent, torch.zeros(4))
+    ask("second_moment_scores of channels that never fire", second_moment_scores, *silent).must_be(torch.zeros(4))
     return "correct: row j of A, column j of B, all of Sigma"
 
 
@@ -60,11 +57,11 @@ def check_set_cost(set_cost: Callable[..., float]) -> str:
     for size in (1, 2, 4):
         for gone in map(list, itertools.islice(itertools.combinations(range(6), size), 4)):
             alone = sum(measured([j]) for j in gone)
-            judge(f"set_cost, gone = {gone}", set_cost, (a, b, sigma, gone), measured(gone), (alone, hint))
+            ask(f"set_cost, gone = {gone}", set_cost, a, b, sigma, gone).must_be(measured(gone), (alone, hint))
     zero = torch.zeros(()).double()
-    judge("set_cost, nothing removed", set_cost, (a, b, sigma, []), zero)
+    ask("set_cost, nothing removed", set_cost, a, b, sigma, []).must_be(zero)
     twins = torch.cat([a, a[:1]]), torch.cat([b, -b[:, :1]], dim=1), sigma, [0, 6]
-    judge("set_cost of two channels that cancel exactly", set_cost, twins, zero)
+    ask("set_cost of two channels that cancel exactly", set_cost, *twins).must_be(zero)
     return "correct: with the cross terms"
 
 
@@ -82,10 +79,7 @@ def check_head_scores(head_scores: Callable[..., Tensor]) -> str:
         energy = z.square().mean(0) * columns.square().sum(0)
         strided = energy.flatten().view(dim, heads).sum(0)
         unmixed = ((v @ x.T).square().mean(2) * columns.square().sum(0)).sum(1)
-        judge(
-            f"head_scores with {heads} heads of {dim} channels",
-            head_scores,
-            (maps, x, v, o),
+        ask(f"head_scores with {heads} heads of {dim} channels", head_scores, maps, x, v, o).must_be(
             energy.sum(1),
             (unmixed, "That is the score of X itself. A head reads the *mixed* input P_h X"),
             (strided, f"A head's channels are consecutive: head 0 owns 0 to {dim - 1} of O, not 0, {heads}, ..."),
@@ -126,18 +120,15 @@ def check_spearman(spearman: Callable[[Tensor, Tensor], float]) -> str:
     ranks = [torch.tensor([(t < value).sum().item() for value in t]).double() for t in (a, b)]
     right = 1 - 6 * (ranks[0] - ranks[1]).square().sum() / (12 * (144 - 1))  # no ties: the textbook formula
     pearson, orders = (torch.corrcoef(torch.stack(t))[0, 1] for t in ([a, b], [a.argsort() / 1, b.argsort() / 1]))
-    judge(
-        "spearman",
-        spearman,
-        (a, b),
+    ask("spearman", spearman, a, b).must_be(
         right,
         (pearson, "That is the correlation of the values, not ranks"),
         (orders, "argsort says who stands at each place, not which place each one has; sort twice"),
     )
-    judge("spearman(a, exp(a)), the same order", spearman, (a, a.exp()), torch.tensor(1.0))
+    ask("spearman(a, exp(a)), the same order", spearman, a, a.exp()).must_be(torch.tensor(1.0))
     tied = torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 3, 2, 4])
     hint = "Equal values share the average of their ranks: 1, 2.5, 2.5, 4"
-    judge("spearman with ties", spearman, tied, torch.tensor(4.5 / math.sqrt(4.5 * 5)), hint)
+    ask("spearman with ties", spearman, *tied).must_be(torch.tensor(4.5 / math.sqrt(4.5 * 5)), hint)
     return "correct: ranks, ties included"
 
 
@@ -148,10 +139,7 @@ def check_units_left(units_left: Callable[[int, float], int]) -> str:
     for n_units, ratio in (*plain, *whole):
         right = n_units - int(Fraction(str(ratio)) * n_units)
         product = f"{ratio} * {n_units} is whole on paper and {ratio * n_units!r} in floating point"
-        judge(
-            f"units_left({n_units}, {ratio})",
-            units_left,
-            (n_units, ratio),
+        ask(f"units_left({n_units}, {ratio})", units_left, n_units, ratio).must_be(
             right,
             *[f"{product}: add a little before you cut off"] * ((n_units, ratio) in whole),
             (lambda found, right=right: found < right, f"More than {ratio:.0%} of {n_units} go"),
@@ -172,10 +160,9 @@ def check_head_parameters(head_parameters: Callable[[int, int, int, bool], int])
             return sum(p.numel() for layer in layers for p in layer.parameters())
 
         right = attention(2) - attention(1)
-        judge(
-            f"head_parameters(d={d}, dim={dim}, group={group}, bias={bias})",
-            head_parameters,
-            (d, dim, group, bias),
+        ask(
+            f"head_parameters(d={d}, dim={dim}, group={group}, bias={bias})", head_parameters, d, dim, group, bias
+        ).must_be(
             right,
             (right + d, "The bias of o_proj belongs to the residual stream: it stays however many heads go"),
             (2 * dim * d * (1 + group), "The queries, keys and values that go take their biases along"),
@@ -225,22 +212,25 @@ def check_greedy_plan(greedy_plan: Callable[..., Mapping[str, int]]) -> str:
     """
     units = {"attention 0": 4, "ffn 0": 9, "attention 1": 4, "ffn 1": 9}
     cost = {"attention 0": 30, "ffn 0": 4, "attention 1": 30, "ffn 1": 4}
-    generator, damage = torch.Generator().manual_seed(0), {}
-    for name, n in units.items():  # convex curves: every further unit hurts more than the one before
-        steps = torch.rand(n, generator=generator, dtype=torch.float64).sort().values * cost[name]
-        damage[name] = steps.cumsum(0).tolist()
+    # convex curves: every further unit hurts more than the one before
+    steps = {name: draw(n, (n,))[0].abs().sort().values * cost[name] for name, n in units.items()}
+    damage = {name: values.cumsum(0).tolist() for name, values in steps.items()}
 
     def removed(plan: Mapping[str, int]) -> int:
         return sum((units[name] - left) * cost[name] for name, left in plan.items())
 
+    def cheapest_first(cost: Mapping[str, int], budget: int) -> dict[str, int]:
+        """All steps in the order of their price; convex curves make that the order of each module, too."""
+        plan = dict(units)
+        for _, name in sorted((s / cost[name], name) for name, values in steps.items() for s in values[:-1].tolist()):
+            plan[name] -= removed(plan) < budget
+        return plan
+
     most = removed(dict.fromkeys(units, 1))
     for budget in (0, 1, 60, 120, 200, most):
-        unpriced = _cheapest_first(units, dict.fromkeys(units, 1), damage, budget, paid=cost)
-        judge(
-            f"greedy_plan, budget {budget}",
-            greedy_plan,
-            (units, cost, damage, budget),
-            _cheapest_first(units, cost, damage, budget),
+        unpriced = cheapest_first(dict.fromkeys(units, 1), budget)
+        ask(f"greedy_plan, budget {budget}", greedy_plan, units, cost, damage, budget).must_be(
+            cheapest_first(cost, budget),
             (lambda plan: plan.keys() != units.keys(), f"Give an entry for each of {sorted(units)}"),
             (lambda plan: not all(1 <= plan[name] <= n for name, n in units.items()), "A module keeps a unit at least"),
             (lambda plan, budget=budget: removed(plan) < budget, "Go on until the budget is reached"),
@@ -248,28 +238,6 @@ def check_greedy_plan(greedy_plan: Callable[..., Mapping[str, int]]) -> str:
         )
     refuses("more than can go, as every module keeps one unit", greedy_plan, units, cost, damage, most + 1)
     return "correct: the budget goes where it costs least"
-
-
-def _cheapest_first(
-    units: Mapping[str, int],
-    cost: Mapping[str, int],
-    damage: Mapping[str, Sequence[float]],
-    budget: int,
-    paid: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """All steps of all modules in the order of their price; convex curves make that the order of each module, too."""
-    steps = [
-        ((after - before) / cost[name], name)
-        for name, curve in damage.items()
-        for before, after in zip([0, *curve[:-2]], curve[:-1], strict=True)
-    ]
-    plan, removed = dict(units), 0
-    for _, name in sorted(steps):
-        if removed >= budget:
-            break
-        plan[name] -= 1
-        removed += (paid or cost)[name]
-    return plan
 
 
 def check_block_macs(block_macs: Callable[[int, int, int, int, int], int]) -> str:
@@ -287,10 +255,15 @@ def check_block_macs(block_macs: Callable[[int, int, int, int, int], int]) -> st
             _ = (gate * up) @ torch.empty(width, d)
         right = counter.get_total_flops() // 2  # a multiply-accumulate is two floating point operations
         products, count = 2 * seq * seq * m, f"Count all {seq} tokens: each compares itself with {seq} keys"
-        judge(
+        ask(
             f"block_macs(d={d}, heads={heads}, dim={dim}, width={width}, seq={seq})",
             block_macs,
-            (d, heads, dim, width, seq),
+            d,
+            heads,
+            dim,
+            width,
+            seq,
+        ).must_be(
             right,
             (2 * right, "Those are floating point operations: one multiply-accumulate counts as two of them"),
             (right - products, f"The two products of attention (maps, and maps with values) add {products}"),
@@ -315,10 +288,10 @@ def check_ridge_toward(ridge_toward: Callable[..., Tensor]) -> str:
         hint = "This W is pulled toward zero. Solve for the *change* of the weight: its target is Y - X W0'"
         wrong = ridge(x, y, torch.zeros_like(w0), lam)
         what = f"ridge_toward, {n} tokens, lam = {lam}, against least squares with sqrt(lam) I stacked below X"
-        judge(what, ridge_toward, (x, y, w0, lam), ridge(x, y, w0, lam), (wrong, hint), rtol=1e-6)
+        ask(what, ridge_toward, x, y, w0, lam).must_be(ridge(x, y, w0, lam), (wrong, hint), rtol=1e-6)
     x, y, w0 = _problem(1, 4, 5, 2)
     hint = "Such inputs teach nothing: W has to stay W0, however large lam is"
-    judge("ridge_toward, inputs that are always zero", ridge_toward, (torch.zeros_like(x), y, w0, 0.1), w0, hint)
+    ask("ridge_toward, inputs that are always zero", ridge_toward, torch.zeros_like(x), y, w0, 0.1).must_be(w0, hint)
     return "correct: near the targets where data speak, near the current weight where they do not"
 
 
@@ -328,10 +301,7 @@ def check_error_from_moments(error_from_moments: Callable[..., float | Tensor]) 
         x, y, w = _problem(seed, n, 6, 3)
         left, total, mixed = (y - x @ w.T).square().sum(), y.square().sum(), (y * (x @ w.T)).sum()
         right = left / total
-        judge(
-            f"error_from_moments, {n} tokens",
-            error_from_moments,
-            (x.T @ x, x.T @ y, total, w),
+        ask(f"error_from_moments, {n} tokens", error_from_moments, x.T @ x, x.T @ y, total, w).must_be(
             right,
             (left, "That is the error itself: divide by the energy of the targets"),
             (right.sqrt(), "The errors of this notebook are squared: no root"),
@@ -342,7 +312,7 @@ def check_error_from_moments(error_from_moments: Callable[..., float | Tensor]) 
     y = x @ w.T
     for what, weight, right in (("targets that the layer meets exactly", w, 0.0), ("a zero weight", 0 * w, 1.0)):
         given = x.T @ x, x.T @ y, y.square().sum(), weight
-        judge(f"error_from_moments, {what}", error_from_moments, given, torch.tensor(right), atol=1e-9, rtol=0.0)
+        ask(f"error_from_moments, {what}", error_from_moments, *given).must_be(torch.tensor(right), atol=1e-9, rtol=0.0)
     return "correct: no activation was needed"
 
 
@@ -368,10 +338,7 @@ def check_bias_remedy(bias_remedy: Callable[..., Tensor]) -> str:
     for gone in ([1], [4, 0, 2], []):
         lost, whole = z[:, gone] @ w[:, gone].T, z @ w.T
         right = lost.mean(0)
-        judge(
-            f"bias_remedy, channels {gone} removed",
-            bias_remedy,
-            (w, z, torch.tensor(gone, dtype=torch.long)),
+        ask(f"bias_remedy, channels {gone} removed", bias_remedy, w, z, torch.tensor(gone, dtype=torch.long)).must_be(
             right,
             (lost.sum(0), "That is the sum over tokens: a constant is added at every token, so take the mean"),
             (whole.mean(0), "That is the mean of the whole output: only what was removed is missing"),

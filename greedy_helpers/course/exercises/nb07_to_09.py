@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ...evaluate import TextScore
 from ..cards import calibration_card
-from .common import call, compare, draw, expect, judge, like, parts, ridge
+from .common import ask, call, compare, draw, expect, like, parts, ridge
 
 
 def check_draw(draw: Callable[[Tensor, Tensor, float], Tensor]) -> str:
     """Notebook 07: `draw(logits, u, temperature)` -> long [batch], by inverting the distribution."""
     logits = torch.tensor([[0.5, 0.2, 0.3]]).log().expand(5, -1).clone()
     rows = logits, torch.tensor([0.1, 0.49, 0.6, 0.71, 0.99]), 1.0
-    judge("draw from probabilities 0.5, 0.2, 0.3", draw, rows, torch.tensor([0, 0, 1, 2, 2]))
+    ask("draw from probabilities 0.5, 0.2, 0.3", draw, *rows).must_be(torch.tensor([0, 0, 1, 2, 2]))
     cold = torch.tensor([[1.0, 0.0]]), torch.tensor([0.8]), 0.5
-    judge("draw at temperature 0.5", draw, cold, torch.tensor([0]), "Token 0 has probability 0.88, and u is 0.8")
+    ask("draw at temperature 0.5", draw, *cold).must_be(torch.tensor([0]), "Token 0 has probability 0.88, and u is 0.8")
     last = torch.zeros(1, 7), torch.ones(1), 1.0
-    judge("draw with u = 1, the last token", draw, last, torch.tensor([6]), "Rounding must not leave the range")
+    ask("draw with u = 1, the last token", draw, *last).must_be(torch.tensor([6]), "Rounding must not leave the range")
     return "correct: boundaries, temperature and the last token"
 
 
@@ -36,7 +36,7 @@ def check_shared_runs(shared_runs: Callable[[Tensor, Tensor, int], float]) -> st
         ("runs stay inside a window", torch.arange(24).view(1, 24), text),
     ]:
         right = calibration_card(mine, "x", evaluation={"y": theirs}, run=4).shared["y"]
-        judge(f"shared_runs, {what}", shared_runs, (mine, theirs, 4), right)
+        ask(f"shared_runs, {what}", shared_runs, mine, theirs, 4).must_be(right)
     return "correct: distinct runs, inside windows"
 
 
@@ -44,10 +44,7 @@ def check_sigma_of_random_ids(sigma_of_random_ids: Callable[[Tensor], Tensor]) -
     """Notebook 07: `sigma_of_random_ids(embeddings)` -> [d, d], the uncentred second moment."""
     embeddings = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 1
     right = sum(torch.outer(e, e) for e in embeddings) / 50
-    judge(
-        "sigma_of_random_ids",
-        sigma_of_random_ids,
-        (embeddings,),
+    ask("sigma_of_random_ids", sigma_of_random_ids, embeddings).must_be(
         right,
         (torch.cov(embeddings.T, correction=0), "The covariance: Sigma is uncentred, the mean stays in it"),
         (right * 50, "That is the sum over the vocabulary; divide by its size"),
@@ -61,10 +58,7 @@ def check_bits_per_byte(bits_per_byte: Callable[[Tensor, str], float]) -> str:
     for text, n_bytes in (("abcdefgh", 8), ("äöü€", 9)):
         bits = 4 / math.log(2)
         right = bits / n_bytes
-        judge(
-            f"bits_per_byte of {text!r}",
-            bits_per_byte,
-            (torch.tensor([2.0, 0.5, 1.5]), text),
+        ask(f"bits_per_byte of {text!r}", bits_per_byte, torch.tensor([2.0, 0.5, 1.5]), text).must_be(
             right,
             (right * math.log(2), "These are nats; one nat is 1 / ln 2 bits"),
             (right * math.log(2) ** 2, "Divide by ln 2, do not multiply: a nat is more than a bit"),
@@ -83,10 +77,7 @@ def check_bootstrap_error(bootstrap_error: Callable[[Tensor, Tensor], float]) ->
     residual = nats - nats.sum() / targets.sum() * targets  # the ratio's linearisation: no draws
     right = (residual.square().sum().sqrt() / targets.sum()).item()
     spread, length = (nats / targets).std().item(), targets.double().mean().item()
-    found = judge(
-        "bootstrap_error",
-        bootstrap_error,
-        (nats, targets),
+    found = ask("bootstrap_error", bootstrap_error, nats, targets).must_be(
         right,
         (lambda found: found < 0, "A standard error is positive"),
         (spread, "The spread of single documents; the loss is a mean over many of them"),
@@ -99,17 +90,11 @@ def check_bootstrap_error(bootstrap_error: Callable[[Tensor, Tensor], float]) ->
         rtol=0.12,
     )
     alike = torch.full((9,), 30.0, dtype=torch.float64), torch.full((9,), 10)
-    judge(
-        "bootstrap_error of documents that are all alike, which leave no doubt", bootstrap_error, alike, 0.0, atol=1e-6
+    ask("bootstrap_error of documents that are all alike, which leave no doubt", bootstrap_error, *alike).must_be(
+        0.0, atol=1e-6
     )
     package = TextScore(64, 64, 1, "documents", nats, targets, targets).loss_error
     return f"correct: {found:.3f}, the package says {package:.3f}"
-
-
-def _two_sided(b: int, c: int) -> float:
-    """Probability of a split at least as uneven as b : c when both are equally likely."""
-    n = b + c
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(b, c) + 1)) / 2**n)
 
 
 def check_mcnemar(mcnemar: Callable[[Tensor, Tensor], tuple[int, int, float]]) -> str:
@@ -128,7 +113,8 @@ def check_mcnemar(mcnemar: Callable[[Tensor, Tensor], tuple[int, int, float]]) -
         totals = [int(first.sum()), int(second.sum())]
         hint = "These are all right answers; items that both get right say nothing about the difference"
         compare(f"{what}: the counts", [int(only_a), int(only_b)], counts, (totals, hint))
-        right = torch.tensor(_two_sided(*counts), dtype=torch.float64)
+        n, fewer = sum(counts), min(counts)  # of splits at least as uneven, when both are equally likely
+        right = torch.tensor(min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n), dtype=torch.float64)
         compare(
             f"{what}: p",
             p,
@@ -151,10 +137,7 @@ def check_pareto_front(pareto_front: Callable[..., Sequence[int]]) -> str:
         ("twins", [(1, 1.0), (1, 1.0), (2, 3.0)], [0, 1], "Nobody dominates an equal: both stay"),
         ("a single point", [(5, 5.0)], [0], "It stays"),
     ):
-        judge(
-            f"pareto_front, {what}: {points}",
-            pareto_front,
-            (points,),
+        ask(f"pareto_front, {what}: {points}", pareto_front, points).must_be(
             right,
             (lambda found: not all(isinstance(i, int) for i in found), "Give positions in the list (integers)"),
             (right[::-1], "Give ascending positions"),
@@ -233,16 +216,12 @@ def check_removal_cost(removal_cost: Callable[[Tensor, Tensor, int], Tensor]) ->
     for j in range(6):
         right = _solved_again(z, y, [c for c in range(6) if c != j])[0] - _solved_again(z, y, range(6))[0]
         energy = h[j, j] * b[j].square().sum()
-        judge(
-            f"removal_cost of channel {j}, against solving again without it",
-            removal_cost,
-            (h, b, j),
-            right,
-            (energy, hint),
+        ask(f"removal_cost of channel {j}, against solving again without it", removal_cost, h, b, j).must_be(
+            right, (energy, hint)
         )
     lonely = torch.diag(torch.tensor([4.0, 9.0])).double(), torch.eye(2).double(), 1
     hint = "Nobody can step in, so the cost is the energy"
-    judge("removal_cost of an uncorrelated channel", removal_cost, lonely, torch.tensor(9.0), hint)
+    ask("removal_cost of an uncorrelated channel", removal_cost, *lonely).must_be(torch.tensor(9.0), hint)
     return "correct: as if the rest had been solved again"
 
 
@@ -261,8 +240,7 @@ def check_downdate(downdate: Callable[..., tuple[Tensor, Tensor]]) -> str:
             new_b,
             _solved_again(z, y, rest)[1],
             (b[rest], "The survivors' rows of B did not move; they have to take over the work of what went"),
-            *["With two channels their block of H^-1 is a matrix: invert it, do not divide by its diagonal"]
-            * (len(g) > 1),
+            "The block of H^-1 of two channels is a matrix: invert it, do not divide by its diagonal",
         )
     return "correct: one channel or several, without solving again"
 
@@ -273,10 +251,7 @@ def check_residual_refit(residual_refit: Callable[..., Tensor]) -> str:
     x_hat, y = x + 0.5 * z @ error, z @ w0.T + noise
     lacks = x - x_hat
     for lam in (0.0, 20.0):
-        judge(
-            f"residual_refit, lam = {lam:g}",
-            residual_refit,
-            (z, y, x, x_hat, w0, lam),
+        ask(f"residual_refit, lam = {lam:g}", residual_refit, z, y, x, x_hat, w0, lam).must_be(
             ridge(z, y + lacks, w0, lam),
             (ridge(z, y, w0, lam), "This W only imitates the dense module; the stream's error is still there"),
             (ridge(z, y - lacks, w0, lam), "The sign. The stream has X_hat and should have X: it lacks X - X_hat"),
@@ -293,10 +268,9 @@ def check_greedy_keep(greedy_keep: Callable[[Tensor, Tensor, int], Tensor]) -> s
         while len(left) > n_keep:
             left.remove(min(left, key=lambda j: _solved_again(z, y, [c for c in left if c != j])[0]))
         one_shot = (b.square().sum(1) / torch.linalg.inv(h).diagonal()).topk(n_keep).indices.sort().values
-        judge(
-            f"greedy_keep, {n_keep} of 6, against solving again after every removal",
-            greedy_keep,
-            (h, b, n_keep),
+        ask(
+            f"greedy_keep, {n_keep} of 6, against solving again after every removal", greedy_keep, h, b, n_keep
+        ).must_be(
             torch.tensor(left),
             (lambda found: not torch.equal(found, found.unique()), "Give sorted, distinct channels"),
             (one_shot, "These are the dearest before anything went: after each removal the costs change"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from .common import NotYet, call, compare, expect, judge, parts, refuses
+from .common import NotYet, ask, call, compare, expect, parts, refuses
 
 
 def check_block_bytes(block_bytes: Callable[[LlamaConfig, int], int]) -> str:
@@ -36,10 +35,7 @@ def check_block_bytes(block_bytes: Callable[[LlamaConfig, int], int]) -> str:
             right = item * weights
             many_kv = right + item * 2 * d * (heads - kv) * config.head_dim
             divided = right + item * (d // heads - config.head_dim) * 2 * d * (heads + kv)
-            judge(
-                f"{name}, {item} bytes a weight",
-                block_bytes,
-                (config, item),
+            ask(f"{name}, {item} bytes a weight", block_bytes, config, item).must_be(
                 right,
                 (weights, "These are numbers, not bytes"),
                 (3 * right, "These are all blocks of the model; expected one"),
@@ -93,10 +89,7 @@ def check_micro_batch(micro_batch: Callable[[float, float, float, int], int]) ->
         ("fewer windows than room", (100.0, 4.0, 1.0, 6), 4),
         ("as many windows as room", (100.0, 4.0, 1.0, 16), 16),
     ):
-        judge(
-            f"{name}: micro_batch{(free, fixed, each, n)}",
-            micro_batch,
-            (free, fixed, each, n),
+        ask(f"{name}: micro_batch{(free, fixed, each, n)}", micro_batch, free, fixed, each, n).must_be(
             right,
             (lambda size: size < 1, "A batch has at least one window"),
             (lambda size, n=n: size > n, f"There are only {n} windows"),
@@ -133,8 +126,8 @@ class _Torn(AbstractContextManager):
 
 
 @contextmanager
-def _dying(folder: str, where: str, last: int) -> Iterator[None]:
-    """The process dies half-way through the write to `folder` number `last`, or before or behind that rename."""
+def _dying(folder: str, last: int) -> Iterator[None]:
+    """Of the writes to `folder` and the renames, number `last` is the end: a write half done, a rename not begun."""
     numbers, opens = iter(range(1, 10**6)), io.open
 
     def dies() -> bool:
@@ -147,19 +140,14 @@ def _dying(folder: str, where: str, last: int) -> Iterator[None]:
 
     def moving(original: Callable) -> Callable:
         def move(*args: Any, **kwargs: Any) -> None:
-            now = dies()
-            if not now or where == "behind a rename":
-                original(*args, **kwargs)
-            if now:
+            if dies():
                 raise _Killed
+            original(*args, **kwargs)
 
         return move
 
-    with ExitStack() as stack:
-        for module, name in ((io, "open"), (builtins, "open"), (os, "replace"), (os, "rename")):
-            if (name == "open") == (where == "in a write"):
-                new = open_ if name == "open" else moving(getattr(os, name))
-                stack.enter_context(mock.patch.object(module, name, new))
+    moves = {name: moving(getattr(os, name)) for name in ("replace", "rename")}
+    with mock.patch.multiple(os, **moves), mock.patch("io.open", open_), mock.patch("builtins.open", open_):
         yield
 
 
@@ -203,17 +191,16 @@ def check_resumable(resumable: Callable[[Path, Sequence[int], Callable[[int], in
             expect(False, "resumable: nothing may be caught that is not your own: an interrupt has to get through")
 
     deaths = 0
-    for where in ("in a write", "before a rename", "behind a rename"):
-        for last in range(1, 30):
-            with tempfile.TemporaryDirectory() as folder:
-                calls.clear()
-                try:
-                    with _dying(folder, where, last):
-                        resumable(Path(folder), items, work)
-                except _Killed:
-                    deaths += 1
-                    again(folder, f"killed {where}, number {last}", len(items) + 1)
-                else:
-                    break
+    for last in range(1, 100):
+        with tempfile.TemporaryDirectory() as folder:
+            calls.clear()
+            try:
+                with _dying(folder, last):
+                    resumable(Path(folder), items, work)
+            except _Killed:
+                deaths += 1
+                again(folder, f"killed in write or rename {last}", len(items) + 1)
+            else:
+                break
     expect(deaths > 0, "resumable: nothing was written through open() or Path.write_text(), so nothing could be torn")
     return f"correct: survived {deaths} deaths"
