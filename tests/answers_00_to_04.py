@@ -29,26 +29,12 @@ def leaves_traces(loss, a, b):
     return ((a * a.grad).abs().sum(1) + (b * b.grad).abs().sum(0)).detach()
 
 
-def exact(loss, a, b):
-    return torch.stack([(loss(a, b * (torch.arange(len(a)) != u)) - loss(a, b)).abs() for u in range(len(a))])
-
-
 def entropies(x, eps=0.0):
     return -(x * (x + eps).log()).sum(-1) if eps else -torch.special.xlogy(x, x).sum(-1)
 
 
 def js(p, q, h=entropies):
     return h((p + q) / 2) - (h(p) + h(q)) / 2
-
-
-def strided(divergence, group):
-    n = len(divergence) // group
-    return divergence.reshape(group, n, group, n).mean((0, 2)).fill_diagonal_(0)
-
-
-def means(divergence, group):
-    n = len(divergence) // group
-    return divergence.reshape(n, group, n, group).mean((1, 3))
 
 
 def mixed(p, x, v):
@@ -102,17 +88,13 @@ ANSWERS = {
         lambda c: 7 - 2 * nb.pieces(c),
         (lambda c: torch.zeros(len(c), dtype=torch.long), "shuffled: number of pieces: expected 4, found 1"),
         (lambda c: torch.arange(len(c)) % 4, "who is together with whom"),
-        (
-            lambda c: (c.float() @ c.float().T).bool().int().argmax(1),
-            "a chain.*expected 1, found .* repeat",
-        ),
+        (lambda c: (c.int() @ c.int().T).clamp(max=1).argmax(1), "a chain.*expected 1, found .* repeat"),
     ],
     "check_gated_magnitude": [
         lambda *a: nb.gated_magnitude(*a).float(),
         (lambda *a: nb.gated_magnitude(*a).sqrt(), "asked for squared"),
         (lambda g, u, d: d.square().sum(0), "Level 1 is missing"),
         (lambda g, u, d: g.square().sum(1) + u.square().sum(1), "Level 2 is missing"),
-        (lambda g, u, d: u.square().sum(1) + d.square().sum(0), r"expected \["),
         (lambda g, u, d: nb.gated_magnitude(g, u, d if d.shape[0] != d.shape[1] else d.T), "channel j is its column j"),
     ],
     "check_unit_energy": [
@@ -120,14 +102,12 @@ ANSWERS = {
         (lambda z, b, i: nb.unit_energy(z, b, i) / len(b), "Sum over the output's dimensions"),
         (lambda z, b, i: (z.square().mean(0) * b.square().sum(0))[i].sum(1), "first add up, then square"),
         (lambda z, b, i: nb.unit_energy(z, b, torch.arange(i.numel()).view(i.shape)), "need not be neighbours"),
-        (lambda z, b, i: nb.unit_energy(z - z.mean(0), b, i), r"expected \["),
     ],
     "check_first_order": [
         (vector, "before the sum"),
         (lambda *a: products(*a)[1].abs().sum(0), "Level 1 is missing"),
         (lambda *a: products(*a)[0].abs().sum(1), "Level 2 is missing"),
         (leaves_traces, "ask for gradients"),
-        (exact, r"expected \["),
     ],
     "check_purposes": [
         ({}, "not answered yet: L2 magnitude"),
@@ -149,8 +129,6 @@ ANSWERS = {
         (lambda p, q: js(p, q).sqrt(), "the root"),
         (lambda p, q: js(q, p, lambda x: -entropies(x)), "The sign is wrong"),
         (lambda p, q: 2 * js(p, q), "Twice too large"),
-        (lambda p, q: entropies((p + q) / 2) - entropies(p) - entropies(q), "js_rows: expected .* found"),
-        (lambda p, q: (p * (p / q).log()).sum(-1), "js_rows: expected .* found"),
         (lambda p, q: js(p, q, lambda x: -(x * x.log()).sum(-1)), "NaN: 0 log 0 counts as 0"),
         (lambda p, q: js(p, q, lambda x: entropies(x, 1e-6)), "exactly ln 2 .* inside the logarithm"),
     ],
@@ -166,9 +144,9 @@ ANSWERS = {
     ],
     "check_group_divergence": [
         lambda d, g: nb.group_divergence(d.double(), g),
-        (strided, "Heads 0, 3, ... were taken together; consecutive heads share a key"),
+        (lambda d, g: d.reshape(g, -1, g, 6 // g).mean((0, 2)).fill_diagonal_(0), "Heads 0, 3, ... were taken"),
         (lambda d, g: nb.group_divergence(d, g) * g * g, "These are sums"),
-        (means, "group=2.*Zeros on the diagonal"),
+        (lambda d, g: d.reshape(6 // g, g, -1, g).mean((1, 3)), "group=2.*Zeros on the diagonal"),
         (lambda d, g: d[::g, ::g], "group=2: expected \n"),
     ],
     "check_second_moment_scores": [
@@ -185,7 +163,6 @@ ANSWERS = {
     "check_set_cost": [
         lambda *a: torch.tensor(nb.set_cost(*a)),
         (lambda a, b, s, g: nb.second_moment_scores(a, b, s)[g].sum(), "sum of the single scores"),
-        (lambda *a: math.sqrt(nb.set_cost(*a)), "expected .* found"),
         (lambda a, b, s, g: nb.set_cost(a, b, s, g) if g else 1.0, "nothing removed: expected 0, found 1"),
         (lambda a, b, s, g: nb.set_cost(a, b, s, g) + (len(a) == 7), "cancel exactly: expected 0"),
     ],
@@ -193,7 +170,6 @@ ANSWERS = {
         (lambda p, x, *a: nb.head_scores(torch.eye(len(x)).double().expand_as(p), x, *a), r"the \*mixed\* input"),
         (whole_heads, "cross terms included"),
         (strided_heads, "consecutive: head 0 owns"),
-        (lambda *a: nb.head_scores(*a) * 2, "expected .* found"),
     ],
     "check_standard_error": [
         lambda v: (v.mean(), torch.tensor(nb.standard_error(v)[1])),
@@ -209,7 +185,6 @@ ANSWERS = {
         lambda a, b: torch.tensor(nb.spearman_by_hand(a, b)),
         (correlation, "correlation of the values, not ranks"),
         (lambda a, b: correlation(a.argsort(), b.argsort()), "sort twice"),
-        (lambda a, b: -nb.spearman_by_hand(a, b), "expected .* found"),
         (lambda a, b: nb.spearman_by_hand(a, b) - (b > 0).all().item(), "the same order: expected 1, found 0"),
         (lambda a, b: correlation(a.argsort().argsort(), b.argsort().argsort()), "the average of their ranks"),
     ],

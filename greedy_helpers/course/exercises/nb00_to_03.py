@@ -43,7 +43,7 @@ def check_perplexity(my_perplexity: Callable[..., float]) -> str:
     averaged = sum(math.exp(sum(row) / 4) for row in by_window) / 3
     ask("my_perplexity of 3 windows of 5 tokens", my_perplexity, _Bigrams(table), tokens).must_be(
         right,
-        (own, "Each token is askd on predicting itself; position t predicts token t + 1"),
+        (own, "Each token is judged on predicting itself; position t predicts token t + 1"),
         (averaged, "The windows' perplexities are averaged; average the surprise over all targets first"),
         "Every window has 4 targets",
         rtol=1e-4,

@@ -82,10 +82,7 @@ def check_bootstrap_error(bootstrap_error: Callable[[Tensor, Tensor], float]) ->
         (lambda found: found < 0, "A standard error is positive"),
         (spread, "The spread of single documents; the loss is a mean over many of them"),
         (right / math.sqrt(length), "Tokens were drawn, or counted, one by one; draw documents"),
-        (
-            nats.std().item() / math.sqrt(40) / length,
-            "Divide a drawn set's nats by *its* tokens, not by a fixed number",
-        ),
+        (nats.std().item() / math.sqrt(40) / length, "Divide a draw's nats by *its* tokens, not by a fixed number"),
         (spread / math.sqrt(40), "Every document counted alike; a long one has more tokens"),
         rtol=0.12,
     )

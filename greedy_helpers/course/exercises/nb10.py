@@ -47,10 +47,7 @@ def check_block_bytes(block_bytes: Callable[[LlamaConfig, int], int]) -> str:
     return "correct: groups and head sizes included"
 
 
-Part = tuple[int, Tensor, Tensor]
-
-
-def check_merge(merge: Callable[[Sequence[Part]], Part]) -> str:
+def check_merge(merge: Callable[..., tuple[int, Tensor, Tensor]]) -> str:
     """Notebook 10: `merge(parts)`: (n, mean of x, mean of x x') per process -> the same over all their tokens."""
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     right, squares = x.mean(0), x.T @ x / 20
