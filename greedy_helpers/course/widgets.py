@@ -120,23 +120,20 @@ def tau_explorer(
     graphs = [[similarity_graph(values, tau) for values in modules] for tau in taus]
     counts, n_heads = [sum(map(len, gone)) for gone in marked], sum(map(len, modules))
     numbers = np.unique(np.linspace(0, len(modules) - 1, min(6, len(modules))).round().astype(int)).tolist()
-    rows = 1 + (len(numbers) > 3)
-    several = len(modules) > 1
+    rows, several = 1 + (len(numbers) > 3), len(modules) > 1
 
     def draw(figure: Figure, i: int) -> str:
         ax = figure.add_axes((0.08, 0.15, 0.29, 0.74))
         ax.step(taus, counts, where="post", color=PALETTE[0])
         _mark(ax, taus[i], counts[i])
         ax.set(xlabel=r"threshold $\tau$ in nats", ylabel=f"heads that go, of {n_heads}", ylim=(0, n_heads))
-        ax.set_title(title or "all modules" * several, fontsize=11)
-        alone = [
-            [head for head in gone if {*graph[head]} <= {*gone}]
-            for graph, gone in zip(graphs[i], marked[i], strict=True)
-        ]
+        ax.set(title=title or "all modules" * several)
+        pairs = list(zip(graphs[i], marked[i], strict=True))
+        alone = [[head for head in gone if {*graph[head]} <= {*gone}] for graph, gone in pairs]
         place = {"left": 0.42, "right": 0.99, "bottom": 0.02, "top": 0.84, "wspace": 0.05, "hspace": 0.2}
         grid = figure.add_gridspec(rows, math.ceil(len(numbers) / rows), **place)
         for cell, number in zip(grid, numbers, strict=False):
-            ax, graph, gone = figure.add_subplot(cell), graphs[i][number], marked[i][number]
+            ax, (graph, gone) = figure.add_subplot(cell), pairs[number]
             colors = [PALETTE[1] if head in gone else "#bfe3f5" for head in graph]
             look = {"node_color": colors, "node_size": 130, "edge_color": "#666666", "font_size": 8}
             look |= {"edgecolors": "black", "linewidths": [2.2 * (head in alone[number]) for head in graph]}
@@ -157,8 +154,7 @@ def ratio_explorer(table: pd.DataFrame, dense: float | None = None, *, start: fl
     The slider stops at recorded ratios only: nothing is interpolated.
 
     Args:
-        table: perplexity, one row per ratio (index in (0, 1)) and one column per recipe; NaN where nothing was
-            measured.
+        table: perplexity, a row per ratio (index in (0, 1)), a column per recipe; NaN where nothing was measured.
         dense: perplexity of the dense model on the same text, drawn as a dashed line.
 
     Raises:
@@ -178,17 +174,15 @@ def ratio_explorer(table: pd.DataFrame, dense: float | None = None, *, start: fl
         for name, look in looks.items():
             left.plot(100 * table[name].dropna().index, table[name].dropna(), **look)
         left.axvline(100 * ratios[i], color="black", linewidth=6, alpha=0.15)
-        left.set(xlabel="units removed (%)", ylabel="perplexity", yscale="log")
-        left.set_xticks(100 * ratios, [f"{100 * ratio:g}" for ratio in ratios])
+        left.set(xlabel="units removed (%)", ylabel="perplexity", yscale="log", xticks=100 * ratios)
         now = table.iloc[i].dropna().sort_values(ascending=False)
-        right.bar_label(
-            right.barh(now.index, now, color=[looks[name]["color"] for name in now.index]), fmt="%.1f", padding=3
-        )
+        right.bar_label(right.barh(now.index, now, color=[looks[name]["color"] for name in now.index]), fmt=" %.1f")
         sign = {"color": "white", "markeredgecolor": "black", "transform": right.get_yaxis_transform()}
         for place, name in enumerate(now.index):  # the line's marker, so that colour is not the only link
             right.plot(0.05, place, marker=looks[name]["marker"], **sign)
         label = "perplexity, lower is better" + " (dashed: dense)" * (dense is not None)
         right.set(xlabel=label, xscale="log", title=f"{ratios[i]:.0%} removed")
+        right.tick_params("y", labelsize=9)
         right.set_xlim(min(now.min(), dense or math.inf) / 1.3, now.max() * 1.6)
         for line in (left.axhline, right.axvline) if dense is not None else ():
             line(dense, color="black", linestyle="--", linewidth=1)
@@ -248,14 +242,14 @@ def ridge_explorer(
             left.plot(damps, values, color=color, marker=marker, markersize=4, label=name)
             left.axhline(texts[name].relative_error(weight), color=color, linestyle="--", linewidth=1)
             _mark(left, damps[i], values[i])
-        left.set(xscale="log", yscale="log", xlabel="damping (share of the mean diagonal)")
-        left.set_ylabel("relative error (dashed: no refit)")
-        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(errors), "columnspacing": 1}
-        left.legend(frameon=False, fontsize=9, handletextpad=0.3, **place)
+        labels = {"xlabel": "damping (share of the mean diagonal)", "ylabel": "relative error (dashed: no refit)"}
+        left.set(xscale="log", yscale="log", **labels)
+        narrow = {"frameon": False, "fontsize": 9, "columnspacing": 1, "handletextpad": 0.3}
+        left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(errors), **narrow)
         share = strength / (strength + solutions[i].lam)
         right.fill_between(range(1, len(share) + 1), share, step="mid", color=PALETTE[2], alpha=0.6)
-        right.set(xlim=(0, len(share) + 1), ylim=(0, 1.02), xlabel="directions of the input, strongest first")
-        right.set_ylabel("share that the data decide")
+        labels = {"xlabel": "directions of the input, strongest first", "ylabel": "share that the data decide"}
+        right.set(xlim=(0, len(share) + 1), ylim=(0, 1.02), **labels)
         error = ", ".join(f"{values[i]:.3g} on {name}" for name, values in errors.items())
         decided = f"the data decide more than half in {(share > 0.5).sum()} of {len(share)} directions"
         return f"damping {damps[i]:.1e}: relative error {error}; {decided}"
