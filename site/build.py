@@ -38,7 +38,14 @@ def modules() -> list[str]:
     package = ROOT / "greedy_helpers"
     found = {path.stem for path in package.glob("*.py") if not path.stem.startswith("_")}
     named = re.findall(r"^from \.(\w+) import", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
-    return [*(name for name in named if name in found), *sorted(found - set(named)), "exercises"]
+    return [*(name for name in named if name in found), *sorted(found - set(named)), *course_modules()]
+
+
+def course_modules() -> dict[str, Path]:
+    """What only the notebooks use: name -> its file."""
+    course = ROOT / "greedy_helpers" / "course"
+    paths = [*course.glob("[a-z]*.py"), *course.glob("*/__init__.py")]
+    return dict(sorted((path.parent.name if path.stem == "__init__" else path.stem, path) for path in paths))
 
 
 def page_of(notebook: dict) -> dict:
@@ -112,13 +119,14 @@ def editions() -> list[Path]:
 
 def reference(name: str) -> str:
     options = "   :members:\n" + "   :imported-members:\n" * (name == "exercises")  # it only collects its files' names
-    return f"# {name}\n\n```{{eval-rst}}\n.. automodule:: greedy_helpers.{name}\n{options}```\n"
+    module = f"greedy_helpers.course.{name}" if name in course_modules() else f"greedy_helpers.{name}"
+    return f"# {name}\n\n```{{eval-rst}}\n.. automodule:: {module}\n{options}```\n"
 
 
 def reference_index(names: list[str]) -> str:
     first_lines = []
     for name in names:
-        path = ROOT / "greedy_helpers" / (f"{name}.py" if name != "exercises" else "exercises/__init__.py")
+        path = course_modules().get(name, ROOT / "greedy_helpers" / f"{name}.py")
         first = re.match(r'"""(.+?)(?:\n|""")', path.read_text(encoding="utf-8"))[1].strip()
         first_lines.append(f"| [{name}]({name}.md) | {first.replace('|', chr(92) + '|')} |")
     return (

@@ -9,7 +9,6 @@ from datasets import Dataset
 from tiny import VOCABULARY, tiny_model
 
 from greedy_helpers import (
-    calibration_card,
     calibration_tokens,
     documents,
     evaluation_tokens,
@@ -230,14 +229,3 @@ def test_random_tokens_cover_the_vocabulary():
     assert torch.equal(tokens, random_tokens(VOCABULARY, 64, 128))
     with pytest.raises(ValueError, match="n >= 1"):
         random_tokens(VOCABULARY, 0)
-
-
-def test_a_card_sees_evaluation_text_among_the_calibration():
-    text = torch.arange(400).view(4, 100)
-    card = calibration_card(text, "numbers", "mine", {"mine": text[:2], "other": text + 1000, "half": text[:1, :54]})
-    assert card.shared == {"mine": 1.0, "other": 0.0, "half": 1.0}
-    assert card.in_domain == {"mine": True, "other": False, "half": False}
-    assert (card.windows, card.seq, card.tokens, card.distinct_tokens) == (4, 100, 400, 400)
-    assert "against mine: in domain, 100.0% of its 8-token runs" in str(card)
-    assert calibration_card(text, "again").fingerprint == card.fingerprint
-    assert calibration_card(text + 1, "others").fingerprint != card.fingerprint

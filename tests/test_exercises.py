@@ -1,79 +1,108 @@
-"""Each checker accepts a right answer, and refuses the mistakes it is there for with a message that helps."""
+"""Every checker accepts right answers, and refuses each mistake of its table with the hint that it is there for."""
 
+import os
+
+import answers_00_to_04
+import answers_05_to_10
 import pytest
 import torch
+from solutions import CHECKED, nb
 
-from greedy_helpers import exercises
-from greedy_helpers.exercises import NotYet
+from greedy_helpers.course import exercises
+from greedy_helpers.course.exercises import NotYet, common
 
-
-def fused(n_heads, dim):
-    return torch.arange(3 * n_heads * dim).view(3, n_heads, dim).transpose(0, 1).reshape(n_heads, -1)
-
-
-def test_fused_layout():
-    assert exercises.check_fused_layout(fused).startswith("correct")
-    for wrong, message in [
-        (lambda h, d: None, "expected a torch tensor, found NoneType"),
-        (lambda h, d: fused(h, d).float(), "expected dtype torch.long"),
-        (lambda h, d: fused(h, d)[:, :d], r"expected shape \[4, 24\], found \[4, 8\]"),
-        (lambda h, d: torch.arange(3 * h * d).view(h, -1), "GPT-NeoX's order"),
-        (lambda h, d: fused(h, d).flip(0), "head 0 should own"),
-    ]:
-        with pytest.raises(NotYet, match=message):
-            exercises.check_fused_layout(wrong)
+ANSWERS = answers_00_to_04.ANSWERS | answers_05_to_10.ANSWERS
+SOLVED = {checker: getattr(nb, name) for checker, name in CHECKED.items()}
+RIGHT = [(name, right) for name, rows in ANSWERS.items() for right in rows if not isinstance(right, tuple)]
+WRONG = [(name, *wrong) for name, rows in ANSWERS.items() for wrong in rows if isinstance(wrong, tuple)]
+RETURN_NOTHING = {"check_purposes", "check_remove_channels", "check_remove_heads"}  # a dictionary; in place
 
 
-def cut(gate, up, down, keep, biases=True, sizes=True, down_keep=None):
-    for linear in (gate, up):
-        linear.weight = torch.nn.Parameter(linear.weight[keep])
-        if linear.bias is not None and biases:
-            linear.bias = torch.nn.Parameter(linear.bias[keep])
-        if sizes:
-            linear.out_features = len(keep)
-    down.weight = torch.nn.Parameter(down.weight[:, keep if down_keep is None else down_keep])
-    if sizes:
-        down.in_features = len(keep)
+def test_every_checker_has_a_solution_and_mistakes():
+    assert {name for name, *_ in WRONG} == SOLVED.keys() == set(exercises.__all__) - {"NotYet"}
 
 
-def test_remove_channels():
-    assert exercises.check_remove_channels(cut).startswith("correct")
-    for wrong, message in [
-        (lambda g, u, d, k: None, r"gate\.weight: expected shape \[4, 6\], found \[10, 6\]"),
-        (lambda g, u, d, k: cut(g, u, d, k, biases=False), r"gate\.bias: expected 4 entries, found 10"),
-        (lambda g, u, d, k: cut(g, u, d, k, down_keep=k.sort().values), "in the same order"),
-        (lambda g, u, d, k: cut(g, u, d, k, sizes=False), "in_features and out_features still say"),
-    ]:
-        with pytest.raises(NotYet, match=message):
-            exercises.check_remove_channels(wrong)
+@pytest.mark.parametrize(("name", "right"), [*SOLVED.items(), *RIGHT])
+def test_right_answers_are_accepted(name, right):
+    assert getattr(exercises, name)(right).startswith("correct")
 
 
-def connected(coupled):
-    labels = torch.arange(coupled.shape[0])
-    together = (coupled.float() @ coupled.float().T) > 0
-    together.fill_diagonal_(True)
-    for _ in range(len(labels)):
-        labels = torch.where(together, labels[None, :], len(labels)).amin(1)
-    return labels
+@pytest.mark.parametrize(("name", "wrong", "message"), WRONG)
+def test_a_mistake_gets_its_hint(name, wrong, message):
+    with pytest.raises(NotYet, match=f"(?s){message}"):
+        getattr(exercises, name)(wrong)
 
 
-def test_pieces():
-    assert exercises.check_pieces(connected).startswith("correct")
+@pytest.mark.parametrize("name", sorted(SOLVED.keys() - RETURN_NOTHING))
+def test_nothing_is_no_answer(name):
+    with pytest.raises(NotYet, match="found None"):
+        getattr(exercises, name)(lambda *arguments: None)
 
-    def one_step(coupled):
-        together = (coupled.float() @ coupled.float().T) > 0
-        return torch.where(together, torch.arange(len(together))[None, :], len(together)).amin(1)
 
-    def in_place(coupled):
-        labels = connected(coupled)
-        coupled.zero_()
-        return labels
+def spoil(value):
+    """Change what can be changed; whether something was."""
+    if isinstance(value, torch.Tensor):
+        value.copy_(~value if value.dtype == torch.bool else value + 1)
+        return value.numel() > 0
+    if isinstance(value, list | dict):
+        full = bool(value)
+        value.clear()
+        return full
+    return not callable(value) and hasattr(value, "__dict__") and any(spoil(part) for part in vars(value).values())
 
-    for wrong, message in [
-        (lambda c: torch.zeros(c.shape[0], dtype=torch.long), "four heads, shuffled: expected 4 pieces, found 1"),
-        (lambda c: connected(c.T), r"expected shape \[12\], found \[16\]"),
-        (one_step, "a chain: expected 1 pieces, found .* Neighbours of neighbours"),
-        (in_place, "changed its argument"),
-    ]:
-        with pytest.raises(NotYet, match=message):
-            exercises.check_pieces(wrong)
+
+@pytest.mark.parametrize("name", sorted(SOLVED.keys() - RETURN_NOTHING - {"check_resumable"}))
+def test_arguments_have_to_stay_as_they_are(name):
+    for place in range(7):
+        changed, message = [], ""
+
+        def wrong(*arguments, place=place, changed=changed):
+            found = SOLVED[name](*arguments)
+            changed.append(place < len(arguments) and spoil(arguments[place]))
+            return found
+
+        try:
+            getattr(exercises, name)(wrong)
+        except NotYet as error:
+            message = str(error)
+        assert ("changed its arguments" in message) == any(changed)
+
+
+@pytest.mark.parametrize(
+    ("found", "right", "message"),
+    [
+        ([1.0], torch.ones(1), "expected a torch tensor, found list"),
+        (torch.ones(2, 1), torch.ones(2), r"expected shape \[2\], found \[2, 1\]"),
+        (torch.ones(2), torch.ones(2, dtype=torch.long), "expected dtype torch.int64, found torch.float32"),
+        (torch.ones(2, dtype=torch.long), torch.ones(2), "expected dtype torch.float32, found torch.int64"),
+        ("high", torch.tensor(1.0), "expected a number, found str"),
+        (torch.ones(3), torch.tensor(1.0), r"expected one number, found shape \[3\]"),
+        (torch.tensor(1.0), 1.0, r"expected a float \(of a tensor: .item\(\)\), found Tensor"),
+        (1.0, 1, r"expected a whole number \(int\), found float"),
+        (True, 1, r"expected a whole number \(int\), found bool"),
+        (1, True, "expected True or False, found int"),
+        ({1}, [1], "expected a list, found set"),
+        ([1], {}, "expected dict, found list"),
+        (torch.tensor([1.0, float("nan")]), torch.ones(2), r"what: expected \[1, 1\], found \[1, nan\]$"),
+        (2.0, 1.0, "expected 1, found 2. Twice$"),
+        (-1.0, 1.0, "expected 1, found -1. Negative$"),
+        (3.0, 1.0, "expected 1, found 3. Whatever$"),
+    ],
+)
+def test_compare_says_what_is_wrong(found, right, message):
+    hints = ((2.0, "Twice"), (lambda x: x < 0, "Negative"), "Whatever") if isinstance(found, float) else ()
+    with pytest.raises(NotYet, match=message):
+        common.compare("what", found, right, *hints)
+
+
+def test_compare_takes_other_floats_and_what_is_close():
+    close = torch.ones(2).double() + 1e-7
+    assert common.compare("what", close, torch.ones(2), (torch.ones(2), "no")).equal(close)
+    assert common.compare("what", 3, torch.tensor(3.0)) == 3
+    assert common.compare("what", (1, 2), [1, 2]) == [1, 2]
+
+
+def test_open_is_as_it_was():
+    before = open, os.replace, os.rename
+    exercises.check_resumable(answers_05_to_10.one_file)
+    assert (open, os.replace, os.rename) == before

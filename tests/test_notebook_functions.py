@@ -18,6 +18,7 @@ import torch
 
 import greedy_helpers as gh
 from greedy_helpers.cost import count_macs
+from greedy_helpers.course import graphs
 from greedy_helpers.evaluate import TextScore
 from greedy_helpers.tasks import paired_accuracy
 
@@ -49,8 +50,8 @@ def test_similar_heads(digits):
     for n, tau in itertools.product((1, 2, 3, 5, 7), (0.0, 0.3, 0.5, 0.7)):
         values = divergences(n, generator, digits)
         assert algorithm_2(values, tau) == gh.redundant_heads(values, tau)
-        graph = gh.similarity_graph(values, tau)
-        assert len(most_with_living_twin(values, tau)) == gh.maximal_redundancy(graph)
+        graph = graphs.similarity_graph(values, tau)
+        assert len(most_with_living_twin(values, tau)) == graphs.maximal_redundancy(graph)
 
 
 def test_divergence_of_maps_with_masked_keys():

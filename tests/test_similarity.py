@@ -17,13 +17,11 @@ from greedy_helpers import (
     depth2_modules,
     divergences_of,
     head_divergence,
-    maximal_redundancy,
     prune,
     redundant_first,
     redundant_heads,
     scores_of,
     second_moment,
-    similarity_graph,
     unit_divergence,
 )
 
@@ -103,11 +101,6 @@ def test_every_marked_head_was_marked_beside_a_similar_one(tau):
     assert len(marked) < 8
     for i in marked:
         assert any(divergence[i, j] < tau for j in range(8) if j != i)
-    graph = similarity_graph(divergence, tau)
-    assert {(i, j) for i, j in graph.edges} == {
-        (i, j) for i in range(8) for j in range(i + 1, 8) if divergence[i, j] < tau
-    }
-    assert len(graph) == 8
 
 
 def test_the_walk_may_leave_a_head_without_a_twin():
@@ -116,22 +109,6 @@ def test_the_walk_may_leave_a_head_without_a_twin():
     assert redundant_heads(divergence, 0.15) == [0, 1]  # 0 resembles 1 alone, which is gone
     middle_first = torch.tensor([1, 0, 2])
     assert redundant_heads(divergence[middle_first][:, middle_first], 0.15) == [0]
-
-
-def test_walk_and_graph_draw_the_same_line():
-    """At the rounding of float32: 0.7 is stored as 0.69999999, which is below a tau of 0.7."""
-    divergence = line(0.0, 0.7)
-    assert redundant_heads(divergence, 0.7) == [0]
-    assert list(similarity_graph(divergence, 0.7).edges) == [(0, 1)]
-
-
-def test_maximal_redundancy():
-    assert (
-        maximal_redundancy(similarity_graph(line(0.0, 0.1, 0.2, 0.9), 0.15)) == 2
-    )  # keep the one in the middle, and 3
-    assert maximal_redundancy(similarity_graph(line(0.0, 1.0, 2.0), 0.5)) == 0
-    path = line(*(0.1 * i for i in range(6)))
-    assert maximal_redundancy(similarity_graph(path, 0.15)) == 4  # two of six dominate a path
 
 
 def test_redundant_heads_refuses():

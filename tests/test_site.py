@@ -44,6 +44,7 @@ def test_contents_follow_the_notebooks_that_exist(build):
     ]
     assert build.notebooks() == sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     assert {path.stem for path in (ROOT / "greedy_helpers").glob("[a-z]*.py")} < set(build.modules())
+    assert {"exercises", "plots", "widgets"} <= set(build.course_modules()) < set(build.modules())
 
 
 def test_all_sources_of_the_book_are_there(build, tmp_path):

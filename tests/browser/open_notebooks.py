@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LAB = ROOT / ".venv" / "bin" / "jupyter-lab"
 # A notebook of its own, so that the slider is tested even where no committed notebook has one.
 EXPLORER = """import torch
-from greedy_helpers import widgets
+from greedy_helpers.course import widgets
 
 places = torch.tensor([0.0, 0.1, 0.2, 0.5, 0.9])
 widgets.tau_explorer((places[:, None] - places).abs(), [0.05, 0.15, 0.35, 0.5], start=0.15)"""

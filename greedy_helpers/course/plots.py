@@ -41,7 +41,7 @@ def perplexity_bars(
     width = 0.8 / len(domains)
     for d, domain in enumerate(domains):
         places = [v + (d - (len(domains) - 1) / 2) * width for v in range(len(values))]
-        heights = [found[domain] for found in values.values()]
+        heights = [by_domain[domain] for by_domain in values.values()]
         look = {"color": PALETTE[d], "hatch": _HATCHES[d], "edgecolor": "white"}
         bars = ax.bar(places, heights, width * 0.92, label=domain, **look)
         ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)

@@ -1,0 +1,348 @@
+"""Checkers of notebooks 04 to 06: the second moment, pruning, reconstruction."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .common import ask, call, compare, draw, expect, is_linear, parts, refuses, ridge
+
+
+def _toy(seed: int, d_out: int, channels: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A [channels, d], B [d_out, channels], a finite sample x [n, d] with a mean, and its exact Sigma = x'x / n."""
+    a, b, root, mean, noise = draw(seed, (channels, d), (d_out, channels), (d, d), (d,), (50, d))
+    x = noise @ root + 2 * mean
+    return a, b, x, x.T @ x / len(x)
+
+
+def check_second_moment_scores(second_moment_scores: Callable[..., Tensor]) -> str:
+    """Notebook 04: `second_moment_scores(A, B, Sigma)` -> [channels], M_j = ||B_:,j||^2 a_j' Sigma a_j."""
+    a, b, x, sigma = _toy(0, 3, 5, 4)
+    pre = x @ a.T  # [n, channels]: the mean of its squares is a_j' Sigma a_j, exactly, as Sigma is this sample's
+    right = torch.stack([(pre[:, j, None] * b[:, j]).square().sum(1).mean() for j in range(5)])
+    columns = b.square().sum(0)
+    diagonal = columns * (a.square() @ sigma.diagonal())
+    ask("second_moment_scores", second_moment_scores, a, b, sigma).must_be(
+        right,
+        (right / columns.sqrt(), "The column's norm enters squared: ||B_:,j||^2 is the sum of its squares"),
+        (right / 2, "Twice too small: the factor 1/2 belongs to the ReLU, and changes no ranking"),
+        (columns * a.square().sum(1), "Sigma is missing: that is the score for Sigma = I"),
+        (diagonal, "Only the diagonal of Sigma is used; the covariances between inputs count as well"),
+        (right.sqrt(), "That is the square root"),
+    )
+    a, b, x, sigma = _toy(1, 4, 4, 4)  # all shapes equal: rows and columns are easily mixed up
+    right = (x @ a.T).square().mean(0) * b.square().sum(0)
+    hint = "Channel j is row j of A and *column* j of B"
+    ask("second_moment_scores of square A and B", second_moment_scores, a, b, sigma).must_be(right, hint)
+    silent = (torch.zeros_like(a), b, sigma)
+    ask("second_moment_scores of channels that never fire", second_moment_scores, *silent).must_be(torch.zeros(4))
+    return "correct: row j of A, column j of B, all of Sigma"
+
+
+def check_set_cost(set_cost: Callable[..., float]) -> str:
+    """Notebook 04: `set_cost(A, B, Sigma, gone)`, the mean squared output error when the channels `gone` go."""
+    a, b, x, sigma = _toy(2, 3, 6, 4)
+
+    def measured(gone: list[int]) -> Tensor:
+        return ((x @ a[gone].T) @ b[:, gone].T).square().sum(1).mean()
+
+    hint = "That is the sum of the single scores. Together, channels can add up or cancel: sum first, then square"
+    for size in (1, 2, 4):
+        for gone in map(list, itertools.islice(itertools.combinations(range(6), size), 4)):
+            alone = sum(measured([j]) for j in gone)
+            ask(f"set_cost, gone = {gone}", set_cost, a, b, sigma, gone).must_be(measured(gone), (alone, hint))
+    zero = torch.zeros(()).double()
+    ask("set_cost, nothing removed", set_cost, a, b, sigma, []).must_be(zero)
+    twins = torch.cat([a, a[:1]]), torch.cat([b, -b[:, :1]], dim=1), sigma, [0, 6]
+    ask("set_cost of two channels that cancel exactly", set_cost, *twins).must_be(zero)
+    return "correct: with the cross terms"
+
+
+def check_head_scores(head_scores: Callable[..., Tensor]) -> str:
+    """Notebook 04: `head_scores(P, X, V, O)` -> [heads].
+
+    P [heads, seq, seq] attention maps, X [seq, d], V [heads, dim, d] value rows, O [d_out, heads * dim].
+    """
+    for heads, seq, d, dim in ((3, 7, 5, 2), (2, 4, 3, 3), (1, 6, 4, 2)):
+        logits, x, v, o = draw(3, (heads, seq, seq), (seq, d), (heads, dim, d), (4, heads * dim))
+        maps = (3 * logits).masked_fill(torch.ones(seq, seq).triu(1).bool(), -torch.inf).softmax(-1)
+        z = torch.stack([maps[h] @ x @ v[h].T for h in range(heads)], dim=1)  # [seq, heads, dim]: what O reads
+        columns = o.view(4, heads, dim)
+        whole = torch.stack([(z[:, h] @ columns[:, h].T).square().sum(1).mean() for h in range(heads)])
+        energy = z.square().mean(0) * columns.square().sum(0)
+        strided = energy.flatten().view(dim, heads).sum(0)
+        unmixed = ((v @ x.T).square().mean(2) * columns.square().sum(0)).sum(1)
+        ask(f"head_scores with {heads} heads of {dim} channels", head_scores, maps, x, v, o).must_be(
+            energy.sum(1),
+            (unmixed, "That is the score of X itself. A head reads the *mixed* input P_h X"),
+            (strided, f"A head's channels are consecutive: head 0 owns 0 to {dim - 1} of O, not 0, {heads}, ..."),
+            (
+                whole,
+                "That is the energy of the whole head, cross terms included. The paper adds up its channels' scores",
+            ),
+        )
+    return "correct: mixed input, consecutive channels, one score per head"
+
+
+def check_standard_error(standard_error: Callable[[Tensor], tuple[float, float]]) -> str:
+    """Notebook 04: `standard_error(values)` of values [windows, tokens] -> (mean, standard error)."""
+    shared, noise = draw(4, (40, 1), (40, 50))
+    values = 3 + shared + 0.5 * noise
+    found = call("standard_error", standard_error, values)
+    mean, error = parts("standard_error", found, "mean, standard error")
+    compare("mean", mean, values.mean())
+    spread, naive = values.mean(1).std(), values.std() / math.sqrt(values.numel())
+    right = spread / math.sqrt(40)
+    compare(
+        "standard error",
+        error,
+        right,
+        (naive, "That treats all tokens as independent. Those of a window hang together; windows are independent"),
+        (spread, "That is the spread between windows. The error of their mean is sqrt(windows) smaller"),
+        (right * math.sqrt(39 / 40), "Divide by windows - 1 (torch's default): the mean was estimated too"),
+    )
+    flat = parts("standard_error", standard_error(torch.full((5, 3), 2.0)), "mean, standard error")
+    compare("standard error of constant values", flat[1], torch.zeros(()))
+    return f"correct: {right:.3f}, where counting every token as independent would have claimed {naive:.3f}"
+
+
+def check_spearman(spearman: Callable[[Tensor, Tensor], float]) -> str:
+    """Notebook 04: `spearman(a, b)`, the rank correlation; equal values share their average rank."""
+    a, b = draw(5, (12,), (12,))
+    b = a + b
+    ranks = [torch.tensor([(t < value).sum().item() for value in t]).double() for t in (a, b)]
+    right = 1 - 6 * (ranks[0] - ranks[1]).square().sum() / (12 * (144 - 1))  # no ties: the textbook formula
+    pearson, orders = (torch.corrcoef(torch.stack(t))[0, 1] for t in ([a, b], [a.argsort() / 1, b.argsort() / 1]))
+    ask("spearman", spearman, a, b).must_be(
+        right,
+        (pearson, "That is the correlation of the values, not ranks"),
+        (orders, "argsort says who stands at each place, not which place each one has; sort twice"),
+    )
+    ask("spearman(a, exp(a)), the same order", spearman, a, a.exp()).must_be(torch.tensor(1.0))
+    tied = torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 3, 2, 4])
+    hint = "Equal values share the average of their ranks: 1, 2.5, 2.5, 4"
+    ask("spearman with ties", spearman, *tied).must_be(torch.tensor(4.5 / math.sqrt(4.5 * 5)), hint)
+    return "correct: ranks, ties included"
+
+
+def check_units_left(units_left: Callable[[int, float], int]) -> str:
+    """Notebook 05: `units_left(n_units, ratio)` -> how many stay when at most `ratio` of them go."""
+    plain = ((8, 0.25), (8, 0.1), (8, 0.45), (768, 0.5), (1024, 0.33), (12, 0.0))
+    whole = ((100, 0.29), (100, 0.57), (10, 0.9), (1000, 0.009))
+    for n_units, ratio in (*plain, *whole):
+        right = n_units - int(Fraction(str(ratio)) * n_units)
+        product = f"{ratio} * {n_units} is whole on paper and {ratio * n_units!r} in floating point"
+        ask(f"units_left({n_units}, {ratio})", units_left, n_units, ratio).must_be(
+            right,
+            *[f"{product}: add a little before you cut off"] * ((n_units, ratio) in whole),
+            (lambda found, right=right: found < right, f"More than {ratio:.0%} of {n_units} go"),
+        )
+    for n_units, ratio in ((1, 0.9), (8, 0.99), (3, 0.999)):
+        found = units_left(n_units, ratio)
+        expect(found >= 1, f"units_left({n_units}, {ratio}): a module must keep at least one unit, found {found}")
+    return "correct: never more than asked, and never all"
+
+
+def check_head_parameters(head_parameters: Callable[[int, int, int, bool], int]) -> str:
+    """Notebook 05: `head_parameters(d, dim, group, bias)` -> parameters that leave with one attention unit."""
+    for d, dim, group, bias in ((12, 4, 1, False), (12, 4, 1, True), (12, 4, 3, False), (20, 2, 5, True)):
+
+        def attention(units: int, d: int = d, dim: int = dim, group: int = group, bias: bool = bias) -> int:
+            kv, q = units * dim, units * group * dim
+            layers = [nn.Linear(*sizes, bias) for sizes in ((d, q), (d, kv), (d, kv), (q, d))]
+            return sum(p.numel() for layer in layers for p in layer.parameters())
+
+        right = attention(2) - attention(1)
+        ask(
+            f"head_parameters(d={d}, dim={dim}, group={group}, bias={bias})", head_parameters, d, dim, group, bias
+        ).must_be(
+            right,
+            (right + d, "The bias of o_proj belongs to the residual stream: it stays however many heads go"),
+            (2 * dim * d * (1 + group), "The queries, keys and values that go take their biases along"),
+            f"The unit is one key/value head with all of its {group} query heads",
+        )
+    return "correct: queries by the group, one key and one value, and the bias of o_proj stays"
+
+
+def _by_head(x: Tensor, layers: Mapping[str, nn.Linear], dim: int) -> list[Tensor]:
+    """What every head adds to the output for x [tokens, d]."""
+    added = []
+    for rows in torch.arange(len(layers["q"].weight)).split(dim):
+        q, k, v = (nn.functional.linear(x, m.weight, m.bias)[:, rows] for m in map(layers.get, "qkv"))
+        added.append((q @ k.T / dim**0.5).softmax(-1) @ v @ layers["o"].weight[:, rows].T)
+    return added
+
+
+@torch.no_grad()
+def check_remove_heads(remove_heads: Callable[..., Any]) -> str:
+    """Notebook 05: `remove_heads(q, k, v, o, heads, dim)` takes `heads` out of four linears, in place."""
+    torch.manual_seed(0)
+    for bias, heads in ((False, [1]), (True, [1]), (True, [3, 0])):
+        d, dim, n_heads = 6, 2, 4
+        layers = {name: nn.Linear(d, n_heads * dim, bias) for name in "qkv"} | {"o": nn.Linear(n_heads * dim, d, bias)}
+        x, asked, old_bias = torch.randn(5, d), list(heads), torch.zeros(d)
+        if bias:
+            old_bias = layers["o"].bias.clone()
+        right = sum(part for head, part in enumerate(_by_head(x, layers, dim)) if head not in heads)
+        remove_heads(*layers.values(), asked, dim)
+        what = f"heads {heads}, {'with' if bias else 'without'} biases"
+        expect(asked == heads, f"{what}: your function changed the list of heads; work on a copy")
+        width = (n_heads - len(heads)) * dim
+        for name, layer in layers.items():
+            is_linear(f"{what}: {name}", layer, *((width, d) if name == "o" else (d, width)))
+        if bias:
+            compare(f"{what}: o.bias, which belongs to the outputs of o and stays as it is", layers["o"].bias, old_bias)
+        hint = "Head h owns the consecutive channels h * dim ... (h + 1) * dim - 1 in q, k, v and o alike"
+        found = sum(_by_head(x, layers, dim))
+        compare(f"{what}: the output, as the sum over the heads that stay", found, right, hint, atol=1e-6)
+    return "correct: the output is the sum over the heads that stay"
+
+
+def check_greedy_plan(greedy_plan: Callable[..., Mapping[str, int]]) -> str:
+    """Notebook 05: `greedy_plan(units, cost, damage, budget)` -> units left, at least `budget` parameters removed.
+
+    `damage[name][k]` is the damage of having removed k + 1 units of a module; its steps grow with k.
+    """
+    units = {"attention 0": 4, "ffn 0": 9, "attention 1": 4, "ffn 1": 9}
+    cost = {"attention 0": 30, "ffn 0": 4, "attention 1": 30, "ffn 1": 4}
+    # convex curves: every further unit hurts more than the one before
+    steps = {name: draw(n, (n,))[0].abs().sort().values * cost[name] for name, n in units.items()}
+    damage = {name: values.cumsum(0).tolist() for name, values in steps.items()}
+
+    def removed(plan: Mapping[str, int]) -> int:
+        return sum((units[name] - left) * cost[name] for name, left in plan.items())
+
+    def cheapest_first(cost: Mapping[str, int], budget: int) -> dict[str, int]:
+        """All steps in the order of their price; convex curves make that the order of each module, too."""
+        plan = dict(units)
+        for _, name in sorted((s / cost[name], name) for name, values in steps.items() for s in values[:-1].tolist()):
+            plan[name] -= removed(plan) < budget
+        return plan
+
+    most = removed(dict.fromkeys(units, 1))
+    for budget in (0, 1, 60, 120, 200, most):
+        unpriced = cheapest_first(dict.fromkeys(units, 1), budget)
+        ask(f"greedy_plan, budget {budget}", greedy_plan, units, cost, damage, budget).must_be(
+            cheapest_first(cost, budget),
+            (lambda plan: plan.keys() != units.keys(), f"Give an entry for each of {sorted(units)}"),
+            (lambda plan: not all(1 <= plan[name] <= n for name, n in units.items()), "A module keeps a unit at least"),
+            (lambda plan, budget=budget: removed(plan) < budget, "Go on until the budget is reached"),
+            (unpriced, "Compare the next step's damage *per parameter*: a head costs more than a channel"),
+        )
+    refuses("more than can go, as every module keeps one unit", greedy_plan, units, cost, damage, most + 1)
+    return "correct: the budget goes where it costs least"
+
+
+def check_block_macs(block_macs: Callable[[int, int, int, int, int], int]) -> str:
+    """Notebook 05: `block_macs(d, heads, dim, width, seq)` -> multiply-accumulates of a gated block over `seq` tokens.
+
+    The reference runs the block's matrix products on the meta device and lets torch's counter watch.
+    """
+    for d, heads, dim, width, seq in ((8, 2, 4, 24, 5), (8, 1, 4, 10, 5), (16, 3, 2, 7, 1)):
+        m = heads * dim
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            x = torch.empty(seq, d)
+            q, k, v = ((x @ torch.empty(d, m)).view(seq, heads, dim).transpose(0, 1) for _ in range(3))
+            _ = torch.bmm(torch.bmm(q, k.mT), v).transpose(0, 1).reshape(seq, m) @ torch.empty(m, d)
+            gate, up = (x @ torch.empty(d, width) for _ in range(2))
+            _ = (gate * up) @ torch.empty(width, d)
+        right = counter.get_total_flops() // 2  # a multiply-accumulate is two floating point operations
+        products, count = 2 * seq * seq * m, f"Count all {seq} tokens: each compares itself with {seq} keys"
+        ask(
+            f"block_macs(d={d}, heads={heads}, dim={dim}, width={width}, seq={seq})",
+            block_macs,
+            d,
+            heads,
+            dim,
+            width,
+            seq,
+        ).must_be(
+            right,
+            (2 * right, "Those are floating point operations: one multiply-accumulate counts as two of them"),
+            (right - products, f"The two products of attention (maps, and maps with values) add {products}"),
+            (right - products + 2 * seq * seq * d, "After heads are gone, attention is heads * dim wide, not d"),
+            (right // seq, count),
+            (right - products + products // seq, count),
+        )
+    return "correct: weights once per token, and attention once per pair of tokens"
+
+
+def _problem(seed: int, n: int, d_x: int, d_y: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlated inputs with means, targets with an offset, and a current weight. Float64."""
+    x, mix, w0, w, noise = draw(seed, (n, d_x), (d_x, d_x), (d_y, d_x), (d_x, d_y), (n, d_y))
+    x = x @ mix + 1.5
+    return x, x @ w + noise - 2, w0
+
+
+def check_ridge_toward(ridge_toward: Callable[..., Tensor]) -> str:
+    """Notebook 06: `ridge_toward(x, y, w0, lam)` -> W [d_y, d_x] near the targets and near the current weight."""
+    for n, lam in ((40, 0.0), (40, 3.0), (3, 0.5)):
+        x, y, w0 = _problem(0, n, 5, 2)
+        hint = "This W is pulled toward zero. Solve for the *change* of the weight: its target is Y - X W0'"
+        wrong = ridge(x, y, torch.zeros_like(w0), lam)
+        what = f"ridge_toward, {n} tokens, lam = {lam}, against least squares with sqrt(lam) I stacked below X"
+        ask(what, ridge_toward, x, y, w0, lam).must_be(ridge(x, y, w0, lam), (wrong, hint), rtol=1e-6)
+    x, y, w0 = _problem(1, 4, 5, 2)
+    hint = "Such inputs teach nothing: W has to stay W0, however large lam is"
+    ask("ridge_toward, inputs that are always zero", ridge_toward, torch.zeros_like(x), y, w0, 0.1).must_be(w0, hint)
+    return "correct: near the targets where data speak, near the current weight where they do not"
+
+
+def check_error_from_moments(error_from_moments: Callable[..., float | Tensor]) -> str:
+    """Notebook 06: `error_from_moments(xx, xy, yy, w)` -> ||Y - X W'||^2 / ||Y||^2 from X'X, X'Y and ||Y||^2."""
+    for seed, n in ((2, 30), (3, 4)):
+        x, y, w = _problem(seed, n, 6, 3)
+        left, total, mixed = (y - x @ w.T).square().sum(), y.square().sum(), (y * (x @ w.T)).sum()
+        right = left / total
+        ask(f"error_from_moments, {n} tokens", error_from_moments, x.T @ x, x.T @ y, total, w).must_be(
+            right,
+            (left, "That is the error itself: divide by the energy of the targets"),
+            (right.sqrt(), "The errors of this notebook are squared: no root"),
+            (right + mixed / total, "The mixed term stands there twice: (a - b)^2 = a^2 - 2ab + b^2"),
+            rtol=1e-6,
+        )
+    x, _, w = _problem(4, 20, 6, 3)
+    y = x @ w.T
+    for what, weight, right in (("targets that the layer meets exactly", w, 0.0), ("a zero weight", 0 * w, 1.0)):
+        given = x.T @ x, x.T @ y, y.square().sum(), weight
+        ask(f"error_from_moments, {what}", error_from_moments, *given).must_be(torch.tensor(right), atol=1e-9, rtol=0.0)
+    return "correct: no activation was needed"
+
+
+def check_centred_solve(centred_solve: Callable[..., tuple[Tensor, Tensor]]) -> str:
+    """Notebook 06: `centred_solve(n, xx, xy, x, y, w0, lam)` -> (W, b), from sums over n tokens; b is not damped."""
+    x, y, w0 = _problem(5, 50, 4, 3)
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    for lam in (0.0, 2.0, 1e9):
+        what = f"centred_solve, lam = {lam:g}"
+        found = call(what, centred_solve, 50, x.T @ x, x.T @ y, x.sum(0), y.sum(0), w0, lam)
+        weight, bias = parts(what, found, "W, b")
+        right = ridge(x - mean_x, y - mean_y, w0, lam)
+        hint = "This W is right without a bias. Centre first: X'X - x x' / n with x the sum over tokens, X'Y alike"
+        weight = compare(f"{what}: W", weight, right, (ridge(x, y, w0, lam), hint))
+        hint = "b is mean(y) - W mean(x). Take the new W, and means, not sums"
+        compare(f"{what}: b", bias, mean_y - right @ mean_x, hint, atol=1e-6)
+    return "correct: the weight explains what varies, the bias what does not"
+
+
+def check_bias_remedy(bias_remedy: Callable[..., Tensor]) -> str:
+    """Notebook 06: `bias_remedy(w, z, gone)` -> the constant [d] that best replaces the removed channels of z."""
+    z, _, w = _problem(6, 25, 6, 3)
+    for gone in ([1], [4, 0, 2], []):
+        lost, whole = z[:, gone] @ w[:, gone].T, z @ w.T
+        right = lost.mean(0)
+        ask(f"bias_remedy, channels {gone} removed", bias_remedy, w, z, torch.tensor(gone, dtype=torch.long)).must_be(
+            right,
+            (lost.sum(0), "That is the sum over tokens: a constant is added at every token, so take the mean"),
+            (whole.mean(0), "That is the mean of the whole output: only what was removed is missing"),
+            ((whole - lost).mean(0), "That is the mean of what stays: it is still there"),
+            (-right, "The sign: what was lost has to be put back"),
+        )
+    return "correct: the mean of what was removed"
