@@ -16,7 +16,7 @@ from .allocation import (
     unit_parameters,
 )
 from .capture import BlockStream
-from .checkpoint import disk_bytes, export_plain, load_model, load_pruned, load_tokenizer, save_pruned
+from .checkpoint import load_model, load_pruned, load_tokenizer, save_pruned
 from .cost import (
     PeakMemory,
     compare_latency,
@@ -57,7 +57,9 @@ from .data import (
 )
 from .discover import Units, coupling, discover, find_units, linears_of, tiny_twin
 from .evaluate import Text, TextScore, evaluate_text, generate_text, perplexity, read_text, token_losses
+from .export import export_plain
 from .families import FAMILIES, Family, ModuleLayout
+from .files import disk_bytes
 from .greedy import Elimination, eliminate, exact_greedy, swap
 from .moments import Moments
 from .prune import PruneReport, PruneStep, fixed_scores, module_moments, prune, scores_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +37,7 @@ from .criteria import (
 )
 from .data import calibration_tokens, default_sources, evaluation_tokens
 from .evaluate import perplexity
+from .files import replace_file, rows_as_json
 from .greedy import exact_greedy
 from .large import is_lazy
 from .prune import PruneReport, fixed_scores, prune, scores_of
@@ -337,13 +337,9 @@ def _key(row: Mapping) -> tuple:
 
 
 def _write(out: Path, found: dict) -> None:
-    """One row per line (readable diffs), replaced at once: a killed sweep leaves a whole file."""
+    """Replaced at once: a killed sweep leaves a whole file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    head = {key: value for key, value in found.items() if key != "rows"}
-    rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
-    partial_file = out.with_suffix(".partial")
-    partial_file.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n")
-    os.replace(partial_file, out)
+    replace_file(out, lambda partial_file: partial_file.write_text(rows_as_json(found)))
 
 
 def frame(found: Mapping) -> pd.DataFrame:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .checkpoint import disk_bytes
 from .data import forward_cached
 from .discover import linears_of
 from .evaluate import check_tokens
+from .files import disk_bytes
 from .structure import blocks_of, depth2_modules
 
 T = TypeVar("T")
