@@ -276,16 +276,11 @@ def test_the_card_counts_what_was_removed(tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "expected"),
-    [
-        ("org/model", "org/model"),
-        ("llama-mini", None),
-        ("/a/folder", None),
-        ("./a", None),
-        ("tests", None),
-        (None, None),
-    ],
+    [("org/model", "org/model"), ("llama-mini", None), ("/a/folder", None), ("my/folder", None), (None, None)],
 )
-def test_the_card_links_a_base_model_of_the_hub(base, expected, tmp_path):
+def test_the_card_links_a_base_model_of_the_hub(base, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "folder").mkdir(parents=True)
     folder = save_pruned(tiny_model("llama", torch.float32), tmp_path / "model", details={"base model": base})
     data = ModelCard.load(folder / "README.md").data
     assert data.base_model == expected
