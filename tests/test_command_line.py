@@ -130,7 +130,7 @@ def test_the_readmes_commands_are_understood():
     assert [parse(shlex.split(line))[0] for line in lines] == ["prune", "evaluate", "compare", "generate"]
     name, options = parse(["compare", "a", "b", "--criteria", "L1", "--criteria", "L2", "--out", "x.json"])
     assert (name, list(options["models"]), list(options["criteria"])) == ("compare", ["a", "b"], ["L1", "L2"])
-    assert options["remedies"] == ["none", "recommended"]
+    assert list(options["remedies"]) == ["none", "recommended"]
 
 
 def test_help_has_examples_and_wrong_arguments_exit_with_2():
