@@ -131,7 +131,7 @@ class PeakMemory:
 
 @contextmanager
 def peak_memory(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
-    """Measures how much memory the body of the `with` takes at its peak.
+    """Measures how much memory the body of the `with` takes at its peak::
 
         with peak_memory() as memory:
             prune(model, calibration, 0.25)

@@ -215,8 +215,7 @@ def pack(token_ids: Iterable[list[int]], seq: int, separator: int | None = None)
 
     Returns:
         windows: long [n, seq].
-        rest: long [r], r < seq: the tokens after the last full window. `windows.flatten()` followed by
-            `rest` is the whole stream.
+        rest: long [r], r < seq: the tokens after the last full window. `windows.flatten()` and `rest` are the stream.
     """
     if seq < 2:
         raise ValueError(f"pack: expected windows of at least 2 tokens, found seq={seq}")
