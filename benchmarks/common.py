@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from pathlib import Path
 
 import torch
+
+from greedy_helpers.files import replace_file, rows_as_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
 
@@ -34,8 +35,4 @@ def load_average() -> float | None:
 
 def save(found: dict, out: Path) -> None:
     """Replaces the file at once, one row per line: a run that is stopped leaves a whole file behind."""
-    rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
-    head = json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1)
-    partial = out.with_suffix(".partial")
-    partial.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
-    os.replace(partial, out)
+    replace_file(out, lambda partial: partial.write_text(rows_as_json(found)))

@@ -5,7 +5,7 @@ here is importable from its module: `from greedy_helpers.allocation import middl
 """
 
 from .allocation import budget, cost_plan, keep_best, uniform_plan
-from .checkpoint import export_plain, load_model, load_pruned, save_pruned
+from .checkpoint import load_model, load_pruned, save_pruned
 from .criteria import (
     Seen,
     fixed_scores,
@@ -28,6 +28,7 @@ from .data import (
 )
 from .discovery import discover
 from .evaluate import evaluate_text, generate_text, perplexity, read_text
+from .export import export_plain
 from .families import FAMILIES
 from .greedy import exact_greedy
 from .moments import Moments

@@ -2,189 +2,183 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
+import typer
+from typer import Argument, Option
+from typer.core import TyperGroup
 
-from . import distributed
 from .checkpoint import MANIFEST, load_model, save_pruned
-from .compare import ALLOCATIONS, CRITERIA, RECOMMENDED, REMEDIES, Recipe, Settings, apply, frame, sweep
+from .compare import Settings, frame, recipe_of, sweep
 from .course.choices import choice_tasks
 from .data import calibration_tokens, default_sources, self_generated_tokens
 from .evaluate import evaluate_text, generate_text, read_text
+from .large import distributed
+from .pruning import prune as prune_model
+from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
+from .remedies import REMEDIES
 from .structure import count_parameters
 from .tasks import multiple_choice, zero_shot
 
-_EXAMPLES = """examples:
+_EXAMPLES = """\b
+examples:
   python -m greedy_helpers prune llama-mini pruned --ratio 0.25
-  python -m greedy_helpers prune org/model pruned --criterion "second moment" --remedy "two-step (paper)"
-  python -m greedy_helpers prune org/model pruned --criterion "exact greedy" --lazy --work-dir work --device cuda
+  python -m greedy_helpers prune org/model pruned --recipe paper --ratio 0.2
+  python -m greedy_helpers prune org/model pruned --lazy --work-dir work --device cuda
   torchrun --nproc-per-node 2 -m greedy_helpers prune org/model pruned
   python -m greedy_helpers evaluate llama-mini pruned --windows 48
   python -m greedy_helpers evaluate llama-mini pruned --windows 48 --choices 150
-  python -m greedy_helpers evaluate org/model pruned --tasks boolq piqa hellaswag
-  python -m greedy_helpers compare llama-mini --criteria L2 "output energy" --remedies none recommended --out sweep.json
+  python -m greedy_helpers evaluate org/model pruned --tasks boolq --tasks piqa --tasks hellaswag
+  python -m greedy_helpers compare llama-mini --criteria L2 --criteria "output energy" --remedies none --out sweep.json
   python -m greedy_helpers generate pruned --prompt "import os"
 
 exit codes: 0 done, 1 refused (the message says why; nothing was changed), 2 wrong arguments
 """
+_REFUSALS = (ValueError, OSError, FloatingPointError, TypeError, LookupError, ImportError)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m greedy_helpers",
-        description="Prune large language models without retraining.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    commands = parser.add_subparsers(dest="command", required=True)
+class _Commands(TyperGroup):
+    """Prints what a command returns, (result, the same in words), or in one sentence why it was refused."""
 
-    prune = commands.add_parser("prune", help="prune a model, repair it, and save it")
-    prune.add_argument("model", help="embedded name, local folder or Hub id")
-    prune.add_argument("folder", type=Path, help="where to save the pruned model")
-    prune.add_argument("--ratio", type=float, default=0.25, help="share of every module's units (default 0.25)")
-    prune.add_argument(
-        "--criterion", default=RECOMMENDED.criterion, help=f"{', '.join(CRITERIA)}; default: %(default)s"
-    )
-    prune.add_argument("--remedy", default=RECOMMENDED.remedy, choices=REMEDIES)
-    prune.add_argument("--allocation", default="uniform", choices=ALLOCATIONS)
-    prune.add_argument("--blocks", type=_blocks, metavar="FIRST:END", help="prune these only, e.g. 4:30 (default: all)")
-    prune.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    _text_arguments(prune, calibration=64)
-    prune.add_argument("--damp", type=float, default=1e-2)
-    prune.add_argument("--device")
-    prune.add_argument("--batch-size", type=int, default=16, help="windows per forward pass (default %(default)s)")
-    prune.add_argument("--work-dir", type=Path, help="commit finished blocks here: repeat the command to go on")
-    prune.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the weights (default: float32 on a CPU, else as saved)",
-    )
-    prune.add_argument(
-        "--store", help="where hidden states wait, e.g. cpu to save a GPU's memory (default: the device)"
-    )
-    prune.add_argument("--lazy", action="store_true", help="one block at a time in memory; needs --work-dir")
+    def invoke(self, ctx: typer.Context) -> None:
+        try:
+            found, words = super().invoke(ctx)
+        except _REFUSALS as error:
+            typer.echo(f"{ctx.invoked_subcommand}: {error}", err=True)
+            raise typer.Exit(1) from error
+        if os.environ.get("RANK", "0") == "0":  # of several processes only one speaks
+            typer.echo(json.dumps(found, indent=1) if ctx.params["json"] else words)
 
-    evaluate = commands.add_parser("evaluate", help="perplexity, accuracy and parameters of models, dense or pruned")
-    evaluate.add_argument("models", nargs="+")
-    evaluate.add_argument("--windows", type=int, help="held-out windows per text (default: all)")
-    evaluate.add_argument("--seq", type=int, default=256, help="tokens per window (default %(default)s)")
-    evaluate.add_argument("--stride", type=int, help="tokens from window to window (default: --seq, no overlap)")
-    evaluate.add_argument(
-        "--sources",
-        nargs="+",
-        help="code, prose, ptb, c4, files, Hub datasets; default: code and prose for embedded models, else WikiText-2",
-    )
-    evaluate.add_argument(
-        "--choices",
-        type=_several,
-        metavar="N",
-        help="also N multiple-choice items per task, from the held-out texts",
-    )
-    evaluate.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help="also tasks of lm_eval (needs greedy-helpers[eval]) or YAML files"
-    )
-    evaluate.add_argument("--limit", type=int, help="items per task of lm_eval (default: all)")
-    evaluate.add_argument("--device")
 
-    compare = commands.add_parser("compare", help="a grid of recipes, resumable: repeat the command to go on")
-    compare.add_argument("models", nargs="+")
-    compare.add_argument("--criteria", nargs="+", default=["second moment", RECOMMENDED.criterion])
-    compare.add_argument("--remedies", nargs="+", default=["none", "recommended"], choices=REMEDIES)
-    compare.add_argument("--ratios", nargs="+", type=float, default=[0.25])
-    compare.add_argument("--seeds", nargs="+", type=int, default=[0])
-    compare.add_argument("--windows", type=int, default=48, help="held-out windows per text")
-    compare.add_argument("--out", type=Path, required=True, help="JSON file, written after every run")
-    _text_arguments(compare, calibration=32, seed=False)
+app = typer.Typer(cls=_Commands, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-    generate = commands.add_parser("generate", help="let a model continue a prompt")
-    generate.add_argument("model")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--device")
-    return parser
+
+@app.callback(epilog=_EXAMPLES)
+def _group(json: Annotated[bool, Option("--json", help="print the result as one JSON object")] = False) -> None:
+    """Prune large language models without retraining."""
+
+
+def _one_of(names: Collection[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise typer.BadParameter(f"expected one of {', '.join(names)}; found {text!r}")
+        return text
+
+    return parse
 
 
 def _blocks(text: str) -> range:
-    first, colon, end = text.partition(":")
-    if not colon or not (first + end).isdigit() or not first or not end:
-        raise argparse.ArgumentTypeError(f"expected FIRST:END, e.g. 4:30, found {text!r}")
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit()):
+        raise typer.BadParameter(f"expected FIRST:END, e.g. 4:30, found {text!r}")
     return range(int(first), int(end))
 
 
-def _several(text: str) -> int:
-    if not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"expected at least 2 items, found {text!r}")
-    return int(text)
+_DTYPES = ("float32", "bfloat16", "float16")
+_Remedy = Option(parser=_one_of(REMEDIES), metavar="NAME", help=" | ".join(REMEDIES))
+_Criterion = Option(parser=_one_of((*CRITERIA, *PREPARED)), metavar="NAME", help=" | ".join((*CRITERIA, *PREPARED)))
+_Allocation = Option(parser=_one_of(ALLOCATIONS), metavar="NAME", help=" | ".join(ALLOCATIONS))
+_Dtype = Option(parser=_one_of(_DTYPES), metavar="NAME", help=f"{' | '.join(_DTYPES)}; default: float32 on a CPU")
+_Blocks = Option(parser=_blocks, metavar="FIRST:END", help="prune these only, e.g. 4:30; default: all")
+_Calibration = Annotated[int, Option(help="windows to calibrate on")]
+_Seq = Annotated[int, Option(help="tokens per window")]
+_Several = Option(help="repeatable")
 
 
-def _text_arguments(parser: argparse.ArgumentParser, calibration: int, seed: bool = True) -> None:
-    parser.add_argument("--calibration", type=int, default=calibration, help="windows to calibrate on (%(default)s)")
-    parser.add_argument("--seq", type=int, default=256, help="tokens per window (default %(default)s)")
-    parser.add_argument(
-        "--source",
-        help="calibration text: code, prose, code+prose, a file, a Hub dataset; {}".format(
-            "prune also takes self-generated (the model writes it)"
-        ),
-    )
-    if seed:
-        parser.add_argument("--seed", type=int, default=0, help="of the calibration windows and of random scores")
+_RECIPES = {"recommended": RECOMMENDED, "paper": PAPER, "flap": FLAP, "osscar": OSSCAR}
+_Recipe = Option(parser=_one_of(_RECIPES), metavar="NAME", help="; ".join(f"{k}: {v}" for k, v in _RECIPES.items()))
 
 
-def _prune(args: argparse.Namespace) -> dict:
-    recipe = Recipe(args.criterion, args.remedy, args.allocation)
-    if args.folder.exists() and not args.overwrite and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise FileExistsError(f"{args.folder} exists and is not empty; pass --overwrite to replace it")
-    device = distributed.start(args.device)
-    model, tokenizer = load_model(args.model, device, args.dtype and getattr(torch, args.dtype), lazy=args.lazy)
-    source = args.source or "+".join(default_sources(args.model).values())
+def _recipe(name: str, seed: int, **given: str | float | None) -> Recipe:
+    """A recipe by name, with what the other options say instead."""
+    recipe = replace(_RECIPES[name], **{key: value for key, value in given.items() if value is not None})
+    return recipe_of({**recipe.names, "seed": seed}, recipe.damp)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, Argument(help="embedded name, local folder or Hub id")],
+    folder: Annotated[Path, Argument(help="where to save the pruned model")],
+    ratio: Annotated[float, Option(help="share of every module's units")] = 0.25,
+    recipe: Annotated[str, _Recipe] = "recommended",
+    criterion: Annotated[str | None, _Criterion] = None,
+    remedy: Annotated[str | None, _Remedy] = None,
+    allocation: Annotated[str | None, _Allocation] = None,
+    damp: Annotated[float | None, Option(help="of every refit, a share of the mean diagonal; default: 0.01")] = None,
+    blocks: Annotated[Any, _Blocks] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an existing folder")] = False,
+    calibration: _Calibration = 64,
+    seq: _Seq = 256,
+    source: Annotated[str | None, Option(help="code, prose, code+prose, self-generated, a file, a Hub dataset")] = None,
+    seed: Annotated[int, Option(help="of the calibration windows and of random scores")] = 0,
+    device: str | None = None,
+    batch_size: Annotated[int | None, Option(help="windows per forward pass; default: 4,096 tokens")] = None,
+    work_dir: Annotated[Path | None, Option(help="commit finished blocks there: repeat the command to go on")] = None,
+    dtype: Annotated[str | None, _Dtype] = None,
+    store: Annotated[str | None, Option(help="where hidden states wait, e.g. cpu; default: the device")] = None,
+    lazy: Annotated[bool, Option("--lazy", help="one block at a time in memory; needs --work-dir")] = False,
+) -> tuple[dict, str]:
+    """Prune a model, repair it, and save it."""
+    method = _recipe(recipe, seed, criterion=criterion, remedy=remedy, allocation=allocation, damp=damp)
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; pass --overwrite to replace it")
+    place = distributed.start(device)
+    whole, tokenizer = load_model(model, place, dtype and getattr(torch, dtype), lazy=lazy)
+    source = source or "+".join(default_sources(model).values())
     if source == "self-generated":
-        calibration = self_generated_tokens(model, tokenizer, args.calibration, args.seq, seed=args.seed)
+        tokens = self_generated_tokens(whole, tokenizer, calibration, seq, seed=seed)
     else:
-        calibration = calibration_tokens(tokenizer, args.calibration, args.seq, source, args.seed)
-    how = {"damp": args.damp, "blocks": args.blocks, "batch_size": args.batch_size, "work_dir": args.work_dir}
-    how["store"] = args.store
-    if args.lazy:  # the embeddings are in the CPU's memory, the blocks come to the device
-        how["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    report = apply(model, calibration, args.ratio, recipe, seed=args.seed, **how)
-    details = {"base model": args.model, "recipe": str(recipe), "calibration text": f"{source}, seed {args.seed}"}
+        tokens = calibration_tokens(tokenizer, calibration, seq, source, seed)
+    how = {"blocks": blocks, "batch_size": batch_size, "work_dir": work_dir, "store": store}
+    if lazy:  # the embeddings are in the CPU's memory, the blocks come to the device
+        how["device"] = place or ("cuda" if torch.cuda.is_available() else "cpu")
+    report = prune_model(whole, tokens, ratio, method, **how)
+    details = {"base model": model, "recipe": str(method), "calibration text": f"{source}, seed {seed}"}
     if distributed.is_first():
-        save_pruned(model, args.folder, tokenizer, report=report, details=details, overwrite=args.overwrite)
+        save_pruned(whole, folder, tokenizer, report=report, details=details, overwrite=overwrite)
     distributed.finish()
-    return {"saved": str(args.folder), **details, **report.to_dict(tensors=False)}
+    words = f"saved {folder}, by {method}\n{report}"
+    return {"saved": str(folder), **details, **report.to_dict(tensors=False)}, words
 
 
-def _evaluate(args: argparse.Namespace) -> dict:
+@app.command()
+def evaluate(
+    models: list[str],
+    windows: Annotated[int | None, Option(help="held-out windows per text; default: all")] = None,
+    seq: _Seq = 256,
+    stride: Annotated[int | None, Option(help="tokens from window to window; default: --seq, no overlap")] = None,
+    sources: Annotated[list[str] | None, Option(help="code, prose, ptb, c4, a file, a Hub dataset; repeatable")] = None,
+    choices: Annotated[int | None, Option(min=2, help="also so many multiple-choice items per held-out text")] = None,
+    tasks: Annotated[list[str] | None, Option(help="also a task of lm_eval, or a YAML file; repeatable")] = None,
+    limit: Annotated[int | None, Option(help="items per task of lm_eval; default: all")] = None,
+    device: str | None = None,
+) -> tuple[dict, str]:
+    """Perplexity, accuracy and parameters of models, dense or pruned."""
     found = {}
-    for name in args.models:
-        model, tokenizer = load_model(name, args.device)
+    for name in models:
+        model, tokenizer = load_model(name, device)
         base = name if not Path(name).is_dir() else _base_of(Path(name))
-        sources = {source: source for source in args.sources} if args.sources else default_sources(base)
-        texts = {label: read_text(tokenizer, source) for label, source in sources.items()}
-        scores = {
-            label: evaluate_text(model, text, args.seq, args.stride, args.windows) for label, text in texts.items()
-        }
-        found[name] = {
-            "texts": {label: score.to_dict() for label, score in scores.items()},
-            "parameters": count_parameters(model),
-        }
-        if args.choices is not None:
-            found[name]["choices"] = {
-                label: multiple_choice(model, tokenizer, items).to_dict()
-                for label, items in choice_tasks(sources, args.choices).items()
-            }
-        if args.tasks:
-            table = zero_shot(model, tokenizer, args.tasks, limit=args.limit).astype(object)
-            found[name]["tasks"] = table.where(table.notna(), None).to_dict("index")  # JSON has no NaN
-    return found
+        named = {source: source for source in sources} if sources else default_sources(base)
+        texts = {label: read_text(tokenizer, source) for label, source in named.items()}
+        scores = {label: evaluate_text(model, text, seq, stride, windows) for label, text in texts.items()}
+        row = {"texts": {label: score.to_dict() for label, score in scores.items()}}
+        row["parameters"] = count_parameters(model)
+        if choices is not None:
+            items = choice_tasks(named, choices)
+            row["choices"] = {k: multiple_choice(model, tokenizer, task).to_dict() for k, task in items.items()}
+        if tasks:
+            table = zero_shot(model, tokenizer, tasks, limit=limit).astype(object)
+            row["tasks"] = table.where(table.notna(), None).to_dict("index")  # JSON has no NaN
+        found[name] = row
+    return found, "\n".join(_in_words(name, row) for name, row in found.items())
 
 
 def _base_of(folder: Path) -> str:
@@ -193,59 +187,59 @@ def _base_of(folder: Path) -> str:
     return json.loads(manifest.read_text())["details"].get("base model", "") if manifest.exists() else folder.name
 
 
-def _compare(args: argparse.Namespace) -> dict:
-    recipes = [Recipe(criterion, remedy) for criterion in args.criteria for remedy in args.remedies]
-    settings = Settings(args.calibration, args.windows, args.seq, args.source)
-    return sweep(args.out, args.models, recipes, args.ratios, args.seeds, settings)
+def _in_words(name: str, row: dict) -> str:
+    tables = [pd.DataFrame.from_dict(row[key], orient="index") for key in ("texts", "choices", "tasks") if key in row]
+    words = [table.fillna(float("nan")).to_string(float_format="{:.4g}".format, na_rep="-") for table in tables]
+    return "\n".join([f"{name}: {row['parameters']['total']:,} parameters", *words])
 
 
-def _generate(args: argparse.Namespace) -> dict:
-    model, tokenizer = load_model(args.model, args.device)
-    text = generate_text(model, tokenizer, args.prompt, args.tokens, temperature=args.temperature, seed=args.seed)
-    return {"text": text}
+@app.command()
+def compare(
+    models: list[str],
+    out: Annotated[Path, Option(help="JSON file, written after every run")],
+    criteria: Annotated[list[str], _Criterion] = ("second moment", RECOMMENDED.criterion),
+    remedies: Annotated[list[str], _Remedy] = ("none", RECOMMENDED.remedy),
+    ratios: Annotated[list[float], _Several] = (0.25,),
+    seeds: Annotated[list[int], _Several] = (0,),
+    windows: Annotated[int, Option(help="held-out windows per text")] = 48,
+    calibration: _Calibration = 32,
+    seq: _Seq = 256,
+    source: Annotated[str | None, Option(help="of the calibration windows, as for prune")] = None,
+) -> tuple[dict, str]:
+    """A grid of recipes, resumable: repeat the command to go on."""
+    recipes = [Recipe(criterion, remedy) for criterion in criteria for remedy in remedies]
+    found = sweep(out, models, recipes, ratios, seeds, Settings(calibration, windows, seq, source))
+    columns = ["model", "ratio", "method", "seed", *next(iter(found["dense"].values())), "blocks left", "seconds"]
+    return found, frame(found)[columns].to_string(index=False, float_format="{:.3f}".format)
 
 
-def _in_words(command: str, found: dict) -> str:
-    if command == "generate":
-        return found["text"]
-    if command == "compare":
-        table = frame(found)
-        columns = ["model", "ratio", "method", "seed", *next(iter(found["dense"].values())), "blocks left", "seconds"]
-        return table[columns].to_string(index=False, float_format="{:.3f}".format)
-    if command == "evaluate":
-        lines = []
-        for name, row in found.items():
-            lines.append(f"{name}: {row['parameters']['total']:,} parameters")
-            lines += [
-                "  {label}: perplexity {perplexity:.2f} +- {perplexity_error:.2f}, {bits_per_byte:.3f} bits per byte "
-                "({tokens:,} tokens, {windows} windows of {seq}, stride {stride})".format(label=label, **score)
-                for label, score in row["texts"].items()
-            ]
-            lines += [
-                "  {label}: {acc_norm:.1%} +- {acc_norm_stderr:.1%} right per character, {acc:.1%} by sum "
-                "({items} items, chance {chance:.0%})".format(label=label, **score)
-                for label, score in row.get("choices", {}).items()
-            ]
-            if "tasks" in row:
-                table = pd.DataFrame.from_dict(row["tasks"], orient="index").astype(float)
-                lines.append(table.to_string(float_format="{:.4g}".format, na_rep="-"))
-        return "\n".join(lines)
-    before, after = found["parameters"]["blocks"]
-    return f"saved {found['saved']}: {after:,} of {before:,} block parameters left, by {found['recipe']}"
+@app.command()
+def generate(
+    model: str,
+    prompt: Annotated[str, Option()],
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+) -> tuple[dict, str]:
+    """Let a model continue a prompt."""
+    found, tokenizer = load_model(model, device)
+    text = generate_text(found, tokenizer, prompt, tokens, temperature=temperature, seed=seed)
+    return {"text": text}, text
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(command, its arguments) of a command line without `--json`; checked, but nothing is run."""
+    name, *rest = arguments
+    return name, typer.main.get_command(app).commands[name].make_context(name, rest).params
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 1 if it was refused."""
-    args = _parser().parse_args(arguments)
-    run = {"prune": _prune, "evaluate": _evaluate, "compare": _compare, "generate": _generate}[args.command]
-    first = os.environ.get("RANK", "0") == "0"
+    """Run one command; 0 if it worked, 1 if it was refused, 2 if it was not understood."""
     try:
-        found = run(args)
-    except (ValueError, OSError, ConnectionError, FloatingPointError, TypeError, LookupError, ImportError) as error:
-        print(f"{args.command}: {error}", file=sys.stderr)
-        return 1
-    if first:  # of several processes only one speaks
-        print(json.dumps(found, indent=1) if args.json else _in_words(args.command, found))
+        app(arguments, prog_name="python -m greedy_helpers")
+    except SystemExit as end:
+        return end.code
     return 0
 
 

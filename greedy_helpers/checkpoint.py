@@ -1,4 +1,4 @@
-"""Loading models by name, saving pruned ones, loading those again, and exporting to plain transformers.
+"""Loading models by name, saving pruned ones, and loading those again.
 
 A pruned model is an ordinary Hugging Face folder with two additions: an entry `pruned_units` in config.json (module
 path -> number of units left; and `added_biases`, where a remedy gave a bias to a layer without one) and a manifest
@@ -9,36 +9,30 @@ do, a checkpoint can hold.
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .card import model_card
 from .data import EMBEDDED
-from .families import UNIT_AXES
-from .files import sha256_of
-from .large.lazy import entries, is_lazy, read_weight, same_kind
+from .files import replace_folder, sha256_of
+from .large.lazy import is_lazy
+from .large.on_disk import cast, load_lazily, write_lazily
 from .reconstruct import add_to_bias
-from .structure import UnsupportedModule, blocks_path, depth2_modules, family_of, product, weight_of
+from .structure import depth2_modules, weight_of
 from .surgery import remove_units
 
 if TYPE_CHECKING:
@@ -164,59 +158,9 @@ def _load(loader, place: str, config: PreTrainedConfig, device, dtype, lazy: boo
     if not Path(place).is_dir() or any(Path(place).glob("token*")):
         tokenizer = AutoTokenizer.from_pretrained(place)
     if lazy:
-        return _load_lazily(loader, place, config, dtype).eval(), tokenizer
+        return load_lazily(loader, place, config, dtype).eval(), tokenizer
     model = loader.from_pretrained(place, config=config, dtype=dtype, **placement)
     return model.to(device).eval() if placement.get("device_map") is None else model.eval(), tokenizer
-
-
-def _load_lazily(loader, place: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model with the weights of its blocks as placeholders, and where they are as `model.weights_on_disk`."""
-    from accelerate import init_empty_weights
-
-    config = copy.deepcopy(config)
-    config.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    files = _tensors_on_disk(place)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)  # as from_pretrained does
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = loader.from_config(config) if loader is AutoModelForCausalLM else loader(config)
-    finally:
-        torch.set_default_dtype(usual)
-    blocks, base, on_disk = f"{blocks_path(model)}.", f"{model.base_model_prefix}.", {}
-    for name, holder, key, value in entries(model):
-        stored = next((n for n in (name, name.removeprefix(base), base + name) if n in files), None)
-        if stored is not None and files[stored][1] != list(value.shape):
-            raise ValueError(f"{place}: {name}: expected shape {list(value.shape)}, found {files[stored][1]}")
-        if stored is None:
-            continue
-        if isinstance(value, nn.Parameter) and name.startswith(blocks):
-            on_disk[name] = files[stored][0], stored
-        else:
-            with safe_open(files[stored][0], "pt") as weights:
-                holder[key] = same_kind(value, weights.get_tensor(stored).to(value.dtype, copy=True))
-    model.tie_weights()
-    if lost := [name for name, _, _, value in entries(model) if value.is_meta and name not in on_disk]:
-        raise ValueError(f"{place}: lazy loading reads weights under their own names; not found: {', '.join(lost[:3])}")
-    model.weights_on_disk = on_disk
-    if (Path(place) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(place)
-    return model
-
-
-def _tensors_on_disk(place: str) -> dict[str, tuple[str, list[int]]]:
-    """Every tensor in a checkpoint's safetensors files: its key there -> (file, shape)."""
-    if not Path(place).is_dir():
-        from huggingface_hub import snapshot_download
-
-        place = snapshot_download(place, allow_patterns=["*.json", "*.safetensors"])
-    found = {}
-    for file in sorted(Path(place).glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            found |= {key: (str(file), list(weights.get_slice(key).get_shape())) for key in weights.keys()}  # noqa: SIM118
-    if not found:
-        raise FileNotFoundError(f"{place}: lazy loading needs *.safetensors, found none")
-    return found
 
 
 def _resolve(name: str) -> tuple[str, bool]:
@@ -268,7 +212,8 @@ def _loader_of_pruned(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__, "_dense_class": base})
 
 
-def _dense_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+def dense_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The transformers class of a model, pruned or not."""
     return getattr(model, "_dense_class", type(model))
 
 
@@ -300,24 +245,24 @@ def save_pruned(
     """
 
     def write(partial: Path) -> None:
-        units = {module.name: module.n_units for module in depth2_modules(model)}
-        dense = {module.name: module.n_units for module in depth2_modules(_meta_model(model))}
+        whole = dense_model(model)
+        units, dense = ({module.name: module.n_units for module in depth2_modules(m)} for m in (model, whole))
         if is_lazy(model):
-            _write_lazily(model, partial, dtype)
+            write_lazily(model, partial, dtype)
         else:
-            model.save_pretrained(partial, state_dict={k: _cast(v, dtype) for k, v in model.state_dict().items()})
+            model.save_pretrained(partial, state_dict={k: cast(v, dtype) for k, v in model.state_dict().items()})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config = json.loads((partial / "config.json").read_text())
         if pruned := {name: n for name, n in units.items() if n != dense[name]}:
             config["pruned_units"] = pruned
-        if added := _added_biases(model):
+        if added := _added_biases(model, whole):
             config["added_biases"] = added
-        config["architectures"] = [_dense_class(model).__name__]
+        config["architectures"] = [dense_class(model).__name__]
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (partial / "README.md").write_text(_model_card(model, units, dense, report, details or {}))
+        model_card(model, whole, report, details).save(partial / "README.md")
         manifest: dict[str, Any] = {
             **_FORMAT,
             "units": {name: {"dense": dense[name], "left": n} for name, n in units.items()},
@@ -327,223 +272,17 @@ def save_pruned(
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
-    return _write_folder(Path(folder), write, overwrite)
+    return replace_folder(folder, write, overwrite)
 
 
-def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
-
-
-def _write_lazily(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
-    """What save_pretrained writes, with a weight file for each block, read when its turn comes."""
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    prefix, persistent = f"{blocks_path(model)}.", model.state_dict().keys()
-    once = {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if k in persistent}}
-    groups: dict[str, list[str]] = {}
-    for name in once:  # a tied weight has one name here
-        groups.setdefault(name[len(prefix) :].split(".")[0] if name.startswith(prefix) else "", []).append(name)
-    places, total = {}, 0
-    for number, names in enumerate(groups.values(), start=1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        weights = {n: read_weight(model, n) if once[n].is_meta else once[n].detach().cpu() for n in names}
-        weights = {name: _cast(value, dtype).contiguous() for name, value in weights.items()}
-        save_file(weights, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
-        total += sum(value.nbytes for value in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def export_plain(
-    model: PreTrainedModel,
-    folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """Write a pruned model that plain `AutoModelForCausalLM.from_pretrained` loads, without this package.
-
-    That works if every block kept the same number of units and the family's config can say so. Llama's config wants
-    the hidden size to be a multiple of the number of heads (4,096 is none of 24); the same weights are then exported
-    under the Mistral class, which computes the same logits.
-
-    Blocks that were left alone count too: a model pruned in blocks 4 to 29 only has two sizes. Other runtimes (vLLM,
-    llama.cpp's converter) read the same folder; see the README.
-
-    Raises:
-        ValueError: sizes that differ between blocks, or a config that refuses them; with the way out.
-        UnsupportedModule: the family's config has no words for the cut (heads of GPT-2, whose head size is derived).
-        FileExistsError, OSError: as in :func:`save_pruned`.
-    """
-    if is_lazy(model):
-        raise ValueError(
-            "export_plain: expected a model in memory, found one with its blocks on the disk; save_pruned it"
-        )
-    family, edits = family_of(model), {}
-    modules, dense = depth2_modules(model), {m.name: m.n_units for m in depth2_modules(_meta_model(model))}
-    for layout in family.modules:
-        mine = [module for module in modules if module.layout == layout]
-        counts = sorted({module.n_units for module in mine})
-        if counts == sorted({dense[module.name] for module in mine}):
-            continue
-        if len(counts) > 1:
-            raise ValueError(
-                f"export_plain: one config describes all blocks, so {mine[0].name} and its like need the same number "
-                f"of units, found {counts}; use save_pruned, which stores any sizes"
-            )
-        if not layout.config:
-            raise UnsupportedModule(
-                f"export_plain: a plain {model.config.model_type} config cannot say that {mine[0].name} has "
-                f"{counts[0]} of {dense[mine[0].name]} units; use save_pruned"
-            )
-        sizes = mine[0].sizes | dict.fromkeys(UNIT_AXES, counts[0])
-        edits |= {key: product(text, sizes) for key, text in layout.config.items()}
-
-    def write(partial: Path) -> None:
-        refused = []
-        for config_class, model_class in _export_classes(model, family.export_as):
-            try:
-                _write_plain(model, config_class, model_class, edits, partial)
-                break
-            except Exception as error:  # configs refuse with errors of several libraries
-                refused.append(f"{config_class.__name__}: {error}")
-        else:
-            raise ValueError(f"export_plain: no plain config takes {edits}; use save_pruned. ({'; '.join(refused)})")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-
-    return _write_folder(Path(folder), write, overwrite)
-
-
-def _export_classes(model: PreTrainedModel, export_as: str | None) -> list[tuple[type, type]]:
-    dense_class = _dense_class(model)
-    found = [(type(model.config), dense_class)]
-    if export_as is not None:
-        head = dense_class.__name__.removeprefix(type(model.config).__name__.removesuffix("Config"))
-        if hasattr(transformers, export_as + head):
-            found.append((getattr(transformers, f"{export_as}Config"), getattr(transformers, export_as + head)))
-    return found
-
-
-def _write_plain(model: PreTrainedModel, config_class: type, model_class: type, edits: dict, folder: Path) -> None:
-    values = copy.deepcopy(model.config).to_dict() | edits
-    for ours in ("pruned_units", "added_biases"):
-        values.pop(ours, None)
-    if config_class is not type(model.config):
-        known = config_class().to_dict().keys() | edits.keys()
-        values = {k: v for k, v in values.items() if k in known and k not in ("model_type", "architectures")}
-        values["sliding_window"] = None
-    config = config_class(**values)
-    with torch.device("meta"):
-        plain = model_class(config)
-    state = model.state_dict()
-    expected = {name: value.shape for name, value in plain.state_dict().items()}
-    differing = {n for n in expected.keys() | state.keys() if n not in state or expected.get(n) != state[n].shape}
-    if differing:
-        raise ValueError(f"{len(differing)} tensors do not fit, e.g. {min(differing)}")
-    plain.load_state_dict(state, assign=True)  # references: the weights exist once
-    plain.save_pretrained(folder)
-
-
-def _meta_model(model: PreTrainedModel) -> PreTrainedModel:
+def dense_model(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model that the config alone describes, on the meta device (no memory)."""
     with torch.device("meta"):
-        return _dense_class(model)(model.config)
+        return dense_class(model)(model.config)
 
 
-def _added_biases(model: PreTrainedModel) -> list[str]:
-    """Linears with a bias that the config's own model does not have: FLAP's remedy leaves them."""
-    theirs = dict(_meta_model(model).named_parameters())
+def _added_biases(model: PreTrainedModel, dense: PreTrainedModel) -> list[str]:
+    """Linears with a bias that the dense model does not have: FLAP's remedy leaves them."""
+    theirs = dict(dense.named_parameters())
     biases = (f"{module.level2.path}.bias" for module in depth2_modules(model) if module.level2.linear.bias is not None)
     return [path.removesuffix(".bias") for path in biases if path not in theirs]
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
-    """Let `write` fill a temporary folder, then put it in the place of `folder`: all or nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"expected a folder, or nothing, at {folder}, found a file")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} exists and is not empty; pass overwrite=True to replace it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise OSError(f"cannot write to {folder.parent}: {error}") from error
-    try:
-        write(partial)
-        if folder.is_dir():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, replaced)
-            try:
-                os.replace(partial, folder)
-            except BaseException:
-                os.replace(replaced, folder)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)  # the new folder is in its place: no failure any more
-        else:
-            os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    os.chmod(folder, 0o755)  # mkdtemp made it private
-    return folder
-
-
-def _model_card(
-    model: PreTrainedModel,
-    units: Mapping[str, int],
-    dense: Mapping[str, int],
-    report: PruneReport | None,
-    details: Mapping[str, object],
-) -> str:
-    facts = {
-        "architecture": _dense_class(model).__name__,
-        "parameters": f"{model.num_parameters():,}",
-        "units left": f"{sum(units.values()):,} of {sum(dense.values()):,} (heads or KV groups, and FFN channels)",
-    }
-    if report is not None:
-        facts |= {
-            "ratio": "by plan" if report.ratio is None else f"{report.ratio} of the units of each module",
-            "criterion": report.criterion,
-            "reconstruction": "none"
-            if report.refit is None
-            else f"refit {report.refit}, target {report.target}, damping {report.damp}",
-            "calibration": f"{report.tokens:,} tokens",
-        }
-    facts |= {key: str(value) for key, value in details.items()}
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    return _CARD.format(rows=rows)
-
-
-_CARD = """---
-library_name: transformers
-tags: [structured-pruning, greedy-output-approximation]
----
-# A pruned language model
-
-Whole attention heads and feed-forward channels were removed without retraining, after *Greedy Output Approximation*
-(Li, Dong, Lei; arXiv 2407.19126).
-
-| | |
-|---|---|
-{rows}
-
-The blocks may differ in size, so plain `from_pretrained` refuses the weights. `pruned.json` lists every module's size
-and the checksum of every file. To load:
-
-```python
-import greedy_helpers as gh
-
-model, tokenizer = gh.load_model("path or Hub id of this folder")
-```
-"""
-
-
-def disk_bytes(folder: str | Path) -> int:
-    """Bytes of the weight files in a saved model's folder."""
-    found = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
-    if not found:
-        raise FileNotFoundError(f"disk_bytes: expected *.safetensors in {folder}, found none")
-    return sum(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from .checkpoint import load_model
 from .criteria import random_scores
 from .data import calibration_tokens, default_sources, evaluation_tokens
 from .evaluate import perplexity
+from .files import replace_file, rows_as_json
 from .pruning import prune
 from .recipes import Recipe
 
@@ -164,13 +164,9 @@ def _key(row: Mapping) -> tuple:
 
 
 def _write(out: Path, found: dict) -> None:
-    """One row per line (readable diffs), replaced at once: a killed sweep leaves a whole file."""
+    """Replaced at once: a killed sweep leaves a whole file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    head = {key: value for key, value in found.items() if key != "rows"}
-    rows = ",\n".join("  " + json.dumps(row) for row in found["rows"])
-    partial_file = out.with_suffix(".partial")
-    partial_file.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + rows + "\n ]\n}\n")
-    os.replace(partial_file, out)
+    replace_file(out, lambda partial_file: partial_file.write_text(rows_as_json(found)))
 
 
 def frame(found: Mapping) -> pd.DataFrame:

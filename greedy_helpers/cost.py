@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .checkpoint import disk_bytes
 from .data import forward_cached
+from .files import disk_bytes
 from .structure import blocks_of, check_tokens, count_parameters, depth2_modules, eval_mode, linears_of
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class PeakMemory:
 
 @contextmanager
 def peak_memory(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
-    """Measures how much memory the body of the `with` takes at its peak.
+    """Measures how much memory the body of the `with` takes at its peak::
 
         with peak_memory() as memory:
             prune(model, calibration, 0.25)

@@ -78,7 +78,7 @@ def read_text(tokenizer: PreTrainedTokenizerBase, source: str = "code", split: S
 
     Raises:
         ValueError: the tokenizer cannot say which characters a token stands for (only "fast" tokenizers can).
-        As :func:`~greedy_helpers.data.documents`.
+            Otherwise as :func:`~greedy_helpers.data.documents`.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"read_text: expected a fast tokenizer, which counts characters; found {type(tokenizer)}")

@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_model
 
 from greedy_helpers import (
-    checkpoint,
     count_parameters,
     depth2_modules,
     disk_bytes,
+    files,
     load_model,
     load_pruned,
     prune,
@@ -149,7 +150,7 @@ def test_a_rename_that_fails_puts_the_old_checkpoint_back(tmp_path, tokenizer, m
             raise OSError("Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(replace=second_fails, chmod=os.chmod))
+    monkeypatch.setattr(files, "os", SimpleNamespace(replace=second_fails, chmod=os.chmod))
     with pytest.raises(OSError, match="Input/output error"):
         save_pruned(pruned_model("llama"), folder, tokenizer, overwrite=True)
     assert len(calls) == 3
@@ -244,13 +245,47 @@ def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, to
     assert [step["units_after"] for step in manifest["report"]["steps"]] == [3, 60, 3, 60]
     card = (folder / "README.md").read_text()
     for fact in (
-        "| ratio | 0.25 of",
+        "| asked for | 0.25 of the units of each module removed |",
         "| criterion | second_moment |",
         "| calibration | 144 tokens |",
-        "| 14.25 |",
+        "| perplexity before | 14.25 |",
         "refit both, target ",
     ):
         assert fact in card
+
+
+def test_the_card_counts_what_was_removed(tmp_path):
+    """A ratio is of units: 1 of 4 heads and 20 of 80 channels, which is another share of the parameters."""
+    model = tiny_model("llama", torch.float32)
+    before = count_parameters(model)
+    for module in depth2_modules(model):
+        remove_units(module, torch.arange(module.n_units * 3 // 4))
+    once, after = save_pruned(model, tmp_path / "once"), count_parameters(model)
+    remove_units(depth2_modules(model)[0], torch.arange(1))
+    expected = {"heads (or KV groups)": (6, 4), "FFN channels": (120, 120)}
+    for kind, (first, second) in expected.items():
+        whole = first * 4 // 3
+        assert f"{kind} | {first} of {whole} left |" in (once / "README.md").read_text()
+        twice = save_pruned(model, tmp_path / "twice", overwrite=True)
+        assert f"{kind} | {second} of {whole} left |" in (twice / "README.md").read_text()
+    for name, key in {"the blocks": "blocks", "the model": "total"}.items():
+        share = 1 - after[key] / before[key]
+        row = f"| parameters of {name} | {after[key]:,} of {before[key]:,} left ({share:.1%} removed) |"
+        assert row in (once / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [("org/model", "org/model"), ("llama-mini", None), ("/a/folder", None), ("my/folder", None), (None, None)],
+)
+def test_the_card_links_a_base_model_of_the_hub(base, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "folder").mkdir(parents=True)
+    folder = save_pruned(tiny_model("llama", torch.float32), tmp_path / "model", details={"base model": base})
+    data = ModelCard.load(folder / "README.md").data
+    assert data.base_model == expected
+    assert data.library_name == "transformers"
+    assert "structured-pruning" in data.tags
 
 
 def test_tied_weights_stay_tied(tmp_path, tokenizer, tokens):

@@ -3,8 +3,10 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,11 +18,12 @@ from greedy_helpers import (
     multiple_choice,
     perplexity,
 )
-from greedy_helpers.__main__ import main
+from greedy_helpers.__main__ import main, parse
 from greedy_helpers.compare import Recipe, apply
 from greedy_helpers.course.choices import continuation_items
 from greedy_helpers.data import evaluation_tokens
 
+README = Path(__file__).resolve().parent.parent / "README.md"
 FEW = ["--calibration", "4", "--seq", "64"]
 
 
@@ -65,7 +68,9 @@ def test_evaluate_adds_accuracies(monkeypatch, capsys):
     assert judged == {"prose choices": scores.to_dict()}
 
     assert main([*command, "--choices", "2"]) == 0
-    assert "(2 items, chance 25%)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"^ +perplexity +perplexity_error .*\nprose +\d+\.\d", said, re.MULTILINE)
+    assert re.search(r"^ +chance .* items\nprose choices +0\.25 .* 2$", said, re.MULTILINE)
 
     accuracy = pd.DataFrame({"items": [9], "acc": [0.5], "acc_stderr": [0.1], "acc_norm": [math.nan]}, index=["boolq"])
     monkeypatch.setattr("greedy_helpers.__main__.zero_shot", lambda model, tokenizer, tasks, limit: accuracy)
@@ -88,7 +93,7 @@ def test_compare_goes_on(tmp_path, capsys):
     out = tmp_path / "sweep.json"
     common = ["compare", "llama-mini", "--remedies", "none", "--windows", "2", "--out", str(out), *FEW]
     assert main([*common, "--criteria", "L2"]) == 0
-    assert main([*common, "--criteria", "L2", "random"]) == 0
+    assert main([*common, "--criteria", "L2", "--criteria", "random"]) == 0
     assert [row["criterion"] for row in json.loads(out.read_text())["rows"]] == ["L2", "random"]
     assert "blocks left" in capsys.readouterr().out
 
@@ -101,6 +106,16 @@ def test_compare_goes_on(tmp_path, capsys):
         (["prune", "llama-mini", "x", "--criterion", "magic"], 1, "expected a criterion among"),
         (["generate", "llama-mini", "--prompt", ""], 1, "at least one token"),
         (["prune", "llama-mini", "x", "--blocks", "4:9", *FEW], 1, "block"),
+        (["prune", "llama-mini", "x", "--blocks", "4"], 2, "expected FIRST:END, e.g. 4:30, found '4'"),
+        (["prune", "llama-mini", "x", "--remedy", "prayer"], 2, "expected one of none, bias (FLAP), "),
+        (
+            ["prune", "llama-mini", "x", "--dtype", "int8"],
+            2,
+            "expected one of float32, bfloat16, float16; found 'int8'",
+        ),
+        (["evaluate", "llama-mini", "--choices", "1"], 2, "--choices"),
+        (["evaluate", "llama-mini", "--faith", "1"], 2, "--faith"),
+        (["compare", "llama-mini"], 2, "--out"),
     ],
 )
 def test_refusals(arguments, code, message, tmp_path, monkeypatch, capsys):
@@ -108,6 +123,14 @@ def test_refusals(arguments, code, message, tmp_path, monkeypatch, capsys):
     assert main(arguments) == code
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readmes_commands_are_understood():
+    lines = re.findall(r"^python -m greedy_helpers (.*?)(?: {2,}#.*)?$", README.read_text(), re.MULTILINE)
+    assert [parse(shlex.split(line))[0] for line in lines] == ["prune", "evaluate", "compare", "generate"]
+    name, options = parse(["compare", "a", "b", "--criteria", "L1", "--criteria", "L2", "--out", "x.json"])
+    assert (name, list(options["models"]), list(options["criteria"])) == ("compare", ["a", "b"], ["L1", "L2"])
+    assert list(options["remedies"]) == ["none", "recommended"]
 
 
 def test_help_has_examples_and_wrong_arguments_exit_with_2():

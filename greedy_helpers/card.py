@@ -1,0 +1,102 @@
+"""The model card of a pruned model: what was asked, what was removed, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedModel
+
+from .structure import count_parameters, depth2_modules
+
+if TYPE_CHECKING:
+    from .report import PruneReport
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+# A pruned language model
+
+Whole attention heads and feed-forward channels were removed without retraining, after *Greedy Output Approximation*
+(Li, Dong, Lei; arXiv 2407.19126).
+
+| | |
+|---|---|
+{% for key, value in rows.items() %}| {{ key }} | {{ value }} |
+{% endfor %}
+The blocks may differ in size, so plain `from_pretrained` refuses the weights. `pruned.json` lists every module's size
+and the checksum of every file. To load:
+
+```python
+import greedy_helpers as gh
+
+model, tokenizer = gh.load_model("path or Hub id of this folder")
+```
+"""
+
+
+def model_card(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    report: PruneReport | None = None,
+    details: Mapping[str, object] | None = None,
+) -> ModelCard:
+    """The card of a pruned model, for the README.md of its folder. No network.
+
+    Args:
+        dense: the model before any pruning; the meta device is enough.
+        report: adds what was asked for, and how it was done.
+        details: further rows. `"base model"` becomes the card's `base_model` if it is a Hub id.
+    """
+    details = details or {}
+    data = ModelCardData(
+        base_model=_hub_id(details.get("base model")),
+        library_name="transformers",
+        tags=["structured-pruning", "greedy-output-approximation"],
+    )
+    rows = {"architecture": type(dense).__name__}
+    if report is not None:
+        rows["asked for"] = (
+            "sizes by plan" if report.ratio is None else f"{report.ratio:.4g} of the units of each module removed"
+        )
+    rows |= _removed(model, dense)
+    if report is not None:
+        rows |= {
+            "criterion": report.criterion,
+            "remedy": f"{report.remedy} (damping {report.damp:g})",
+            "allocation": report.allocation,
+            "calibration": f"{report.tokens:,} tokens",
+        }
+    rows |= {key: str(value) for key, value in details.items()}
+    return ModelCard.from_template(data, template_str=_TEMPLATE, rows=rows)
+
+
+def _hub_id(name: object) -> str | None:
+    """`name` if it is like "organisation/model" and not a local folder."""
+    if not isinstance(name, str) or "/" not in name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _removed(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, str]:
+    """Rows with the parameters and units that were removed, counted in the model itself."""
+    before, after = count_parameters(dense), count_parameters(model)
+    rows = {
+        name: f"{after[key]:,} of {before[key]:,} left ({1 - after[key] / before[key]:.1%} removed)"
+        for key, name in {"blocks": "parameters of the blocks", "total": "parameters of the model"}.items()
+    }
+    for name, is_attention in {"attention heads (or KV groups)": True, "FFN channels": False}.items():
+        left, whole = (
+            sum(module.n_units for module in depth2_modules(one) if (module.kind == "attention") == is_attention)
+            for one in (model, dense)
+        )
+        if whole:
+            rows[name] = f"{left:,} of {whole:,} left"
+    return rows
