@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .large.distributed import all_sum, all_windows
 from .moments import Moments
-from .stream import BlockStream, Call
+from .stream import BlockStream
 from .structure import Depth2Module, weight_of
 
 
@@ -97,8 +97,7 @@ def advance_dense(dense: BlockStream, block: nn.Module, records: Sequence[DenseR
         read, made = iter(read), iter(made)
         for record in records:
             record.add([next(read) for _ in record.reads], [next(made) for _ in record.makes], dense)
-    dense.hidden = hidden
-    dense.position += 1
+    dense.move(hidden, dense.position + 1)
 
 
 class ModulePasses:
@@ -116,7 +115,6 @@ class ModulePasses:
         *,
         target: str = "local",
         precision: torch.dtype = torch.float64,
-        level1_changes: bool = False,
     ) -> None:
         """
         Args:
@@ -124,12 +122,9 @@ class ModulePasses:
             dense: what the module does in the dense model.
             target: what level 2 shall put out, see :mod:`greedy_helpers.remedies`.
             precision: see :class:`~greedy_helpers.moments.Moments`.
-            level1_changes: level 1 will be refitted, so its owner runs twice on the same inputs: they are kept.
         """
         self._stream, self._block, self._module, self._dense = stream, block, module, dense
         self._target, self._precision = target, precision
-        # an owner that is the block itself has nothing in front of it that could be left out
-        self._calls: list[Call] | None = [] if level1_changes and module.owner is not block else None
 
     @torch.no_grad()
     def moments(self, *levels: int) -> list[Moments]:
@@ -149,10 +144,7 @@ class ModulePasses:
     def _inputs(self, linears: list[nn.Module]) -> Iterator[list[Tensor]]:
         drift = None if self._dense is None else self._dense.drift
         passed = [] if drift is None else [record.level2 for record in drift.passed]
-        if self._calls and passed:
-            raise RuntimeError(f"{self._module.name}: the drift has to be known before its own passes begin")
-        watch = self._stream.watch(self._block, linears, passed, owner=self._module.owner, calls=self._calls)
-        for place, (inputs, made) in enumerate(watch):
+        for place, (inputs, made) in enumerate(self._stream.watch(self._block, linears, passed)):
             if passed:
                 drift.move(place, made)
             yield inputs

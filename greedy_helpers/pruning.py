@@ -103,7 +103,7 @@ def prune_block(model: PreTrainedModel, block: nn.Module, streams: Streams, job:
     before, one = streams.dense.hidden, streams.are_one
     advance_dense(streams.dense, block, records)  # before anything in the block changes: no second copy
     if not modules and one:  # nothing has been cut yet
-        streams.pruned.hidden, streams.pruned.position = streams.dense.hidden, index + 1
+        streams.pruned.move(streams.dense.hidden, index + 1)
         return [], 0.0
     drift = None
     if modules and remedy.target == "residual":
@@ -113,12 +113,14 @@ def prune_block(model: PreTrainedModel, block: nn.Module, streams: Streams, job:
     for module, record in zip(modules, records, strict=True):
         if module.name in job.plan:
             record.drift = drift
-            how = {"target": remedy.target, "precision": job.precision, "level1_changes": remedy.refits_level1}
+            how = {"target": remedy.target, "precision": job.precision}
             passes = ModulePasses(streams.pruned, block, module, record, **how)
             steps.append(prune_module(module, Seen(damp=job.damp, n_keep=job.plan[module.name], passes=passes), job))
         if drift is not None:
             drift.passed.append(record)
         record.inputs.clear()
+        if module is not modules[-1] and module.owner is not block:
+            streams.pruned.finish(module.owner)
     streams.pruned.advance(block)
     return steps, _stream_error(streams)
 

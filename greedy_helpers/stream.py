@@ -96,6 +96,7 @@ class BlockStream:
         self.store = self.device if store is None else torch.device(store)
         self.implementation = model.config._attn_implementation
         self.position = 0
+        self._finished: dict[nn.Module, dict[int, Any]] = {}  # module -> batch -> what it returns
         size = windows_per_batch(batch_size, tokens.shape[1])
         self.hidden = [self.keep(self._enter(batch)) for batch in tokens.split(size)]
 
@@ -103,11 +104,12 @@ class BlockStream:
         """A second stream over the same hidden states; advancing one leaves the other where it is."""
         twin = object.__new__(BlockStream)
         vars(twin).update(vars(self))
+        twin.move(self.hidden, self.position)
         return twin
 
     def rebatch(self, batch_size: int) -> None:
         """From now on batches of at most `batch_size` windows: views of the hidden states that are there."""
-        self.hidden = [part for hidden in self.hidden for part in hidden.split(batch_size)]
+        self.move([part for hidden in self.hidden for part in hidden.split(batch_size)], self.position)
         for hidden in self.hidden:
             if hidden.shape[:2] not in self._extra:
                 self._enter(self._tokens[: len(hidden)])
@@ -136,38 +138,26 @@ class BlockStream:
 
         Beside each output stand what the linears in `inputs` read and what those in `outputs` put out.
         """
-        for hidden in self.hidden:
+        for place in range(len(self.hidden)):
             with _watching(inputs, outputs) as watched:
-                output = self._call(block, hidden)
+                output = self._call(block, place)
             yield output, watched()
 
     def watch(
-        self,
-        block: nn.Module,
-        inputs: Sequence[nn.Module],
-        outputs: Sequence[nn.Module] = (),
-        *,
-        owner: nn.Module | None = None,
-        calls: list[Call] | None = None,
+        self, block: nn.Module, inputs: Sequence[nn.Module], outputs: Sequence[nn.Module] = ()
     ) -> Iterator[Watched]:
-        """What linears inside `block` read and put out, batch by batch; nothing behind the last of them is computed.
-
-        Args:
-            owner: a module inside the block that holds the linears of `inputs`. With `calls`, an empty list, it is
-                filled with what the owner is called with; with a filled one the owner alone runs again, on that.
-        """
-        replay = list(calls) if calls else None
-        for place, hidden in enumerate(self.hidden):
-            with ExitStack() as stack:
-                if calls is not None and replay is None:
-                    stack.enter_context(_recording_calls(owner, calls, self.keep))
-                watched = stack.enter_context(_watching(inputs, outputs, stop=True))
-                with suppress(_Reached):
-                    if replay is None:
-                        self._call(block, hidden)
-                    else:
-                        self._replay(owner, replay[place])
+        """What linears inside `block` read and put out, batch by batch; nothing behind the last of them is computed."""
+        for place in range(len(self.hidden)):
+            with _watching(inputs, outputs, stop=True) as watched, suppress(_Reached):
+                self._call(block, place)
             yield watched()
+
+    def finish(self, owner: nn.Module) -> None:
+        """`owner`, a module inside the block at hand, will not change any more.
+
+        So it runs once more, and its outputs [batch, seq, d] are kept until the stream has moved behind the block.
+        """
+        self._finished.setdefault(owner, {})
 
     def inputs(self, block: nn.Module, linears: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         """What `linears` (inside `block`) read: [batch * seq, d_in] each, batch by batch. It stops behind them."""
@@ -181,11 +171,11 @@ class BlockStream:
         Raises:
             ValueError: the attention implementation computes no maps (sdpa, flash); eager does.
         """
-        for hidden in self.hidden:
+        for place in range(len(self.hidden)):
             returned: list[Any] = []
             handle = attention.register_forward_hook(lambda _module, _args, output, r=returned: r.append(output))
             try:
-                self._call(block, hidden)
+                self._call(block, place)
             finally:
                 handle.remove()
             maps = returned[0][1] if returned and isinstance(returned[0], tuple) and len(returned[0]) > 1 else None
@@ -199,19 +189,21 @@ class BlockStream:
 
     def advance(self, block: nn.Module) -> None:
         """Move the hidden states behind the block."""
-        self.hidden = [self.keep(output) for output, _ in self.run(block)]
-        self.position += 1
+        self.move([self.keep(output) for output, _ in self.run(block)], self.position + 1)
+
+    def move(self, hidden: list[Tensor], position: int) -> None:
+        """The hidden states are now `hidden`, in front of block `position`."""
+        self.hidden, self.position, self._finished = hidden, position, {}
 
     @torch.no_grad()
-    def _call(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def _call(self, block: nn.Module, place: int) -> Tensor:
+        hidden = self.hidden[place]
         args, kwargs = self._extra[hidden.shape[:2]][self.position]
-        output = block(hidden.to(self.device, non_blocking=True), *args, **kwargs)
+        with ExitStack() as stack:
+            for owner, outputs in self._finished.items():
+                stack.enter_context(_running_once(owner, outputs, place, self.keep, self.device))
+            output = block(hidden.to(self.device, non_blocking=True), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-    @torch.no_grad()
-    def _replay(self, owner: nn.Module, call: Call) -> None:
-        args, kwargs = _to(call, self.device, {})
-        owner(*args, **kwargs)
 
 
 def _to(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
@@ -258,16 +250,8 @@ def _handing_on(blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[li
             raise _Reached
         return (hidden,) if returns_tuple else hidden
 
-    own = [vars(block).get("forward") for block in blocks]  # someone else may have replaced it before us
-    try:
-        for block in blocks:
-            block.forward = forward
+    with _forward_replaced(blocks, forward):
         yield calls
-    finally:
-        for block, before in zip(blocks, own, strict=True):
-            vars(block).pop("forward", None)
-            if before is not None:
-                block.forward = before
 
 
 @contextmanager
@@ -307,21 +291,41 @@ def _watching(
 
 
 @contextmanager
-def _recording_calls(module: nn.Module, calls: list[Call], keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Collects what a module is called with. Its first tensor waits where hidden states do, the rest is shared."""
+def _running_once(
+    owner: nn.Module, outputs: dict[int, Any], place: int, keep: Callable[[Tensor], Tensor], device: torch.device
+) -> Iterator[None]:
+    """Keeps what `owner` returns, or returns what is kept of batch `place` in the place of its forward pass."""
+    if place not in outputs:
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args and isinstance(args[0], Tensor):
-            args = (keep(args[0]), *args[1:])
-        elif isinstance(kwargs.get("hidden_states"), Tensor):
-            kwargs = kwargs | {"hidden_states": keep(kwargs["hidden_states"])}
-        calls.append((args, kwargs))
+        def after(_owner: nn.Module, _args: tuple, output: Any) -> None:
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            kept = keep(first.clone())  # some blocks add to it in place
+            outputs[place] = (kept, *[None] * len(rest)) if isinstance(output, tuple) else kept  # maps are large
 
-    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        handle = owner.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    kept = outputs[place]
+    first = (kept[0] if isinstance(kept, tuple) else kept).to(device, copy=True, non_blocking=True)
+    with _forward_replaced([owner], lambda *_args, **_kwargs: (first, *kept[1:]) if isinstance(kept, tuple) else first):
+        yield
+
+
+@contextmanager
+def _forward_replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    own = [vars(module).get("forward") for module in modules]  # someone else may have replaced it before us
     try:
+        for module in modules:
+            module.forward = forward
         yield
     finally:
-        handle.remove()
+        for module, before in zip(modules, own, strict=True):
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
 
 
 def slice_head_inputs(owner: nn.Module, names: Sequence[str], keep: Tensor, n_units: int, group: int = 1) -> None:

@@ -51,11 +51,11 @@ def with_smaller_batches(step: Callable[..., Any]) -> Callable[..., Any]:
                 f"{where}: out of memory ({message}); going on with {largest // 2} windows per batch", stacklevel=3
             )
             for stream, (hidden, position) in zip(both, before, strict=True):
-                stream.hidden, stream.position = hidden, position
+                stream.move(hidden, position)
             together = streams.are_one
             streams.pruned.rebatch(largest // 2)
             if together:
-                streams.dense.hidden = streams.pruned.hidden
+                streams.dense.move(streams.pruned.hidden, streams.pruned.position)
             else:
                 streams.dense.rebatch(largest // 2)
 

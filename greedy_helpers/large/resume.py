@@ -65,7 +65,7 @@ def _replay(
             stream.rebatch(record["batch_size"])
     streams.dense.advance(block)
     if one and not record["steps"]:
-        streams.pruned.hidden, streams.pruned.position = streams.dense.hidden, index + 1
+        streams.pruned.move(streams.dense.hidden, index + 1)
     else:
         work.restore(model, index)
         streams.pruned.advance(block)
