@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --shape tiny --device cpu         # seconds on any machine; printed, not saved
 
 Two runs with the paper's settings (25% of the units of all blocks but the first four and the last two, 1024 windows of
-128 tokens): the paper's method with recovery, and the exact greedy search with a refit behind it. Weights are random,
+128 tokens): the paper's recipe, and the recommended one. Weights are random,
 so errors mean nothing here; times and bytes do not depend on them. The rates of the card (matrix products per dtype,
 memory) are measured in the same run, and each stage is set against the one that should limit it. A stage is timed by
 letting the CPU wait for the GPU before and after it, which costs a little.
@@ -17,11 +17,11 @@ Writes data/results/gpu_DEVICE.json: the rates, and one row per stage.
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -31,10 +31,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import greedy_helpers as gh
+from greedy_helpers import pruning, remedies
+from greedy_helpers.allocation import middle_blocks
 from greedy_helpers.cost import peak_memory
-from greedy_helpers.large import entries, same_kind
-
-pruning = importlib.import_module("greedy_helpers.prune")  # the package's own `prune` is the function
+from greedy_helpers.criteria import Criterion
+from greedy_helpers.large.lazy import entries, same_kind
+from greedy_helpers.measure import ModulePasses
 
 SHAPES = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
@@ -44,10 +46,7 @@ SHAPES = {
     },
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 128},
 }  # fmt: skip
-RUNS: dict[str, Callable[[], dict]] = {
-    "paper's method, two-step recovery": lambda: {"criterion": gh.second_moment, "refit": "pre"},
-    "exact greedy, refit behind": lambda: {"criterion": gh.exact_greedy(), "refit": "post"},
-}
+RUNS = {"paper": gh.PAPER, "recommended": gh.RECOMMENDED}
 
 
 def build(shape: str, layers: int, device: torch.device, home: torch.device) -> LlamaForCausalLM:
@@ -129,8 +128,8 @@ class Stages:
         for place, name, stage, limit, work in (
             (pruning, "advance_dense", "dense pass", "bfloat16", _of_dense_pass),
             (pruning.BlockStream, "advance", "pruned pass", "bfloat16", _of_pruned_pass),
-            (pruning, "module_moments", "moments", "tf32", _of_moments),
-            (pruning, "refit_linears", "refit", self.solves, _of_refit),
+            (ModulePasses, "moments", "moments, passes for them included", "tf32", _of_moments),
+            (remedies, "refit", "refit", self.solves, _of_refit),
             (pruning, "remove_units", "cut", "memory", _of_cut),
             (pruning, "_stream_error", "stream error", "memory", _of_stream_error),
         ):
@@ -138,7 +137,7 @@ class Stages:
             stack.enter_context(mock.patch.object(place, name, timed))
         return stack
 
-    def criterion(self, criterion: gh.Criterion, greedy: bool) -> gh.Criterion:
+    def criterion(self, criterion: Criterion, greedy: bool) -> Criterion:
         if greedy:
             return self.timed("scores", "memory", criterion, _of_elimination)
         return self.timed("scores", self.solves, criterion, _of_second_moment)
@@ -149,21 +148,21 @@ def _block_flops(block: torch.nn.Module, hidden: list[Tensor]) -> float:
     return 2 * tokens * sum(p.numel() for p in block.parameters())
 
 
-def _of_dense_pass(_result, dense, block, _index, targets) -> float:
-    again = sum(target.linears[1].weight.numel() for target in targets)  # level 2's outputs, a second time
-    return _block_flops(block, dense.hidden) * (1 + again / sum(p.numel() for p in block.parameters()))
+def _of_dense_pass(_result, dense, block, _records) -> float:
+    return _block_flops(block, dense.hidden)
 
 
-def _of_pruned_pass(_result, stream, block, _index) -> float:
+def _of_pruned_pass(_result, stream, block) -> float:
     return _block_flops(block, stream.hidden)
 
 
-def _of_moments(found, *_args, **_kwargs) -> float:
-    return sum(2 * m.n * len(m.xx) * (len(m.xx) + (0 if m.xy is None else m.xy.shape[1])) for m in found)
+def _of_moments(results, *_args) -> float:
+    """The products alone: half of X'X, as it is symmetric."""
+    return sum(m.n * len(m.xx) * (len(m.xx) + (0 if m.xy is None else 2 * m.xy.shape[1])) for m in results)
 
 
-def _of_refit(_result, _linears, moments, *_args) -> float:
-    n, d_y = moments.xy.shape
+def _of_refit(_result, linears, moments, *_args, **_kwargs) -> float:
+    n, d_y = len(moments.xx), sum(linear.weight.shape[0] for linear in linears)
     return n**3 / 3 + 4 * n**2 * d_y  # Cholesky, X'X W0', and the two triangular solves
 
 
@@ -171,8 +170,8 @@ def _of_cut(_result, module, _keep) -> float:
     return 2 * sum(group.linear.weight.nbytes for group in module.groups)
 
 
-def _of_stream_error(_result, dense, pruned, _device) -> float:
-    return sum(part.nbytes for part in (*dense, *pruned))
+def _of_stream_error(_result, streams) -> float:
+    return sum(part.nbytes for part in (*streams.dense.hidden, *streams.pruned.hidden))
 
 
 def _of_second_moment(_scores, module, seen) -> float:
@@ -196,17 +195,18 @@ def measure(args: argparse.Namespace) -> dict:
     precision = getattr(torch, args.precision)
     torch.manual_seed(0)
     rates, rows = card_rates(device), []
-    for run, options in RUNS.items():
-        model, how = build(args.shape, args.layers, device, home), options()
+    for run, recipe in RUNS.items():
+        model = build(args.shape, args.layers, device, home)
         tokens = torch.randint(0, model.config.vocab_size, (args.windows, args.seq))
         stages = Stages(device, precision)
-        how["criterion"] = stages.criterion(how["criterion"], greedy="greedy" in run)
+        criterion, _ = recipe.resolved(model, tokens)
+        timed = replace(recipe, criterion=stages.criterion(criterion, greedy=criterion is gh.exact_greedy))
         where = {"device": device, "store": args.store, "precision": precision, "batch_size": args.batch_size}
         with peak_memory(device) as memory, stages.watching():
             started = clock(device)
-            gh.prune(model, tokens, 0.25, blocks=gh.middle_blocks(model), **how, **where, progress=False)
+            gh.prune(model, tokens, 0.25, timed, blocks=middle_blocks(model), **where, progress=False)
             seconds = clock(device) - started
-        blocks = len(gh.middle_blocks(model))
+        blocks = len(middle_blocks(model))
         del model
         for stage, spent in stages.seconds.items():
             unit, rate = (
