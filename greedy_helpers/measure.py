@@ -21,7 +21,6 @@ class DenseRecord:
     Attributes:
         inputs: what level 1 reads, [tokens, d] per batch.
         outputs: what level 2 puts out, [tokens, d] per batch.
-        drift: what the residual stream lacks in front of the module, shared by the modules of the block; or None.
     """
 
     def __init__(self, module: Depth2Module, *, inputs: bool, outputs: bool, means: bool) -> None:
@@ -29,7 +28,6 @@ class DenseRecord:
         self._inputs, self._outputs, self._means = inputs, outputs, means
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
-        self.drift: Drift | None = None
         self._n, self._sum = 0, torch.zeros(())
 
     @property
@@ -112,6 +110,7 @@ class ModulePasses:
         block: nn.Module,
         module: Depth2Module,
         dense: DenseRecord | None = None,
+        drift: Drift | None = None,
         *,
         target: str = "local",
         precision: torch.dtype = torch.float64,
@@ -120,10 +119,11 @@ class ModulePasses:
         Args:
             stream: hidden states in front of `block`.
             dense: what the module does in the dense model.
+            drift: what the residual stream lacks in front of the module, for the residual target.
             target: what level 2 shall put out, see :mod:`greedy_helpers.remedies`.
             precision: see :class:`~greedy_helpers.moments.Moments`.
         """
-        self._stream, self._block, self._module, self._dense = stream, block, module, dense
+        self._stream, self._block, self._module, self._dense, self._drift = stream, block, module, dense, drift
         self._target, self._precision = target, precision
 
     @torch.no_grad()
@@ -142,22 +142,21 @@ class ModulePasses:
         return results
 
     def _inputs(self, linears: list[nn.Module]) -> Iterator[list[Tensor]]:
-        drift = None if self._dense is None else self._dense.drift
-        passed = [] if drift is None else [record.level2 for record in drift.passed]
+        passed = [] if self._drift is None else [record.level2 for record in self._drift.passed]
         for place, (inputs, made) in enumerate(self._stream.watch(self._block, linears, passed)):
             if passed:
-                drift.move(place, made)
+                self._drift.move(place, made)
             yield inputs
         if passed:
-            drift.passed.clear()
+            self._drift.passed.clear()
 
     def _target_of(self, level: int, place: int) -> Tensor | None:
         if self._dense is None or (level == 2 and self._target == "local"):
             return None
         if level == 1:
             return self._dense.inputs[place] if self._dense.inputs else None
-        if self._dense.drift is not None:
-            return self._dense.drift.target(place, self._dense.outputs)
+        if self._drift is not None:
+            return self._drift.target(place, self._dense.outputs)
         return self._dense.outputs[place]
 
     def hidden_mean(self) -> Tensor:

@@ -112,9 +112,8 @@ def prune_block(model: PreTrainedModel, block: nn.Module, streams: Streams, job:
     before = None  # so that it is not kept through what follows
     for module, record in zip(modules, records, strict=True):
         if module.name in job.plan:
-            record.drift = drift
             how = {"target": remedy.target, "precision": job.precision}
-            passes = ModulePasses(streams.pruned, block, module, record, **how)
+            passes = ModulePasses(streams.pruned, block, module, record, drift, **how)
             steps.append(prune_module(module, Seen(damp=job.damp, n_keep=job.plan[module.name], passes=passes), job))
         if drift is not None:
             drift.passed.append(record)
@@ -201,8 +200,7 @@ def prune(
     with undone_on_error(model), bar, closing(walk(model, calibration, last, **how)) as walked:
         for block, stream in walked:
             streams = streams or Streams(stream.share(), stream)
-            if is_lazy(model):
-                check_weights(block, f"{blocks_path(model)}.{stream.position}.")
+            check_weights(block, f"{blocks_path(model)}.{stream.position}.")
             new_steps, stream_error = step(model, block, streams, job)
             steps += new_steps
             stream_errors.append(stream_error)
@@ -288,7 +286,7 @@ def _check_arguments(
         raise ValueError(
             "prune: the model's blocks are on the disk; expected a work_dir for the pruned ones, found None"
         )
-    check_weights(model)
+    check_weights(model, skip=f"{blocks_path(model)}.")
     return modules
 
 
