@@ -164,33 +164,32 @@ def _one_unit(state: _State, places: Tensor, _most: int) -> tuple[Tensor, Tensor
 def _single_channels(state: _State, places: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Remove the `most` cheapest channels, one after the other; the downdates are applied to H^-1 and B at the end.
 
-    Behind k removals H^-1 is P - U U' and the solution is B - U C, with U [n, k] and C [k, d_y].
+    Behind k removals H^-1 is P - U U' and the solution is B - U C, with U [n, most] and C [most, d_y], zero behind k.
+    On a GPU each step waits for the launch of its kernels, so there are few, and none waits for the CPU.
     """
     p, b, places = state.inverse, state.solution, places[:, 0]
-    u = torch.zeros(len(p), most, dtype=p.dtype, device=p.device)
-    c = torch.zeros(most, b.shape[1], dtype=p.dtype, device=p.device)
-    pivots, sizes = p.diagonal().clone(), b.square().sum(1)  # [H^-1]_jj and ||B_j||^2, kept up to date
+    u, c = p.new_zeros(len(p), most), b.new_zeros(most, b.shape[1])
+    pivots = p.diagonal().clone()  # [H^-1]_jj, kept up to date
+    sizes = torch.full_like(pivots, torch.inf).index_copy_(0, places, b[places].square().sum(1))  # ||B_j||^2, or gone
     floor = torch.finfo(p.dtype).tiny
-    candidate = torch.zeros_like(pivots, dtype=torch.bool)
-    candidate[places] = True
     gone, costs = [], []
     for k in range(most):
-        price = torch.where(candidate, sizes.clamp(min=0) / pivots.clamp(min=floor), torch.inf)
-        j = price.argmin(keepdim=True)  # [1], never a number: on a GPU nothing waits for the CPU
-        root, row = pivots[j].clamp(min=floor).sqrt(), u[j, :k][0]
-        u_k = (p[:, j][:, 0] - u[:, :k] @ row) / root
-        c_k = (b[j][0] - row @ c[:k]) / root
-        sizes = sizes - 2 * u_k * (b @ c_k - u[:, :k] @ (c[:k] @ c_k)) + u_k.square() * c_k.square().sum()
-        pivots = pivots - u_k.square()
+        price = sizes / pivots.clamp(min=floor)
+        j = price.argmin(keepdim=True)  # [1]
+        root, row = pivots[j].clamp(min=floor).sqrt(), u[j][0]
+        u_k = torch.addmv(p[:, j][:, 0], u, row, alpha=-1) / root
+        c_k = torch.addmv(b[j][0], c.T, row, alpha=-1) / root
+        pull = torch.addmv(b @ c_k, u, c @ c_k, alpha=-1)
+        sizes.addcmul_(u_k, pull, value=-2).addcmul_(u_k, u_k * c_k.dot(c_k)).index_fill_(0, j, torch.inf)
+        pivots.addcmul_(u_k, u_k, value=-1)
         u[:, k], c[k] = u_k, c_k
-        candidate.index_fill_(0, j, False)
         gone.append(j)
         costs.append(price[j])
     state.inverse.addmm_(u, u.T, alpha=-1)
     state.solution.addmm_(u, c, alpha=-1)
     place_to_unit = torch.full((len(p),), -1, dtype=torch.long, device=p.device)
     place_to_unit[places] = torch.arange(len(places), device=p.device)
-    return place_to_unit[torch.cat(gone)], torch.cat(costs)
+    return place_to_unit[torch.cat(gone)], torch.cat(costs).clamp(min=0)
 
 
 @torch.no_grad()

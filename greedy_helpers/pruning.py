@@ -26,7 +26,7 @@ from .measure import DenseRecord, Drift, ModulePasses, advance_dense
 from .recipes import ALLOCATIONS, RECOMMENDED, Recipe
 from .remedies import Cut, Remedy
 from .report import PruneReport, PruneStep
-from .stream import BlockStream, walk
+from .stream import Streams, walk
 from .structure import (
     Depth2Module,
     UnsupportedModule,
@@ -50,19 +50,6 @@ class Job:
     damp: float
     plan: Plan
     precision: torch.dtype = torch.float64
-
-
-@dataclass
-class Streams:
-    """The calibration tokens in front of the same block, in the dense model and in the pruned one."""
-
-    dense: BlockStream
-    pruned: BlockStream
-
-    @property
-    def are_one(self) -> bool:
-        """Nothing has been cut yet."""
-        return all(a is b for a, b in zip(self.dense.hidden, self.pruned.hidden, strict=True))
 
 
 def prune_module(module: Depth2Module, seen: Seen, job: Job) -> PruneStep:
@@ -154,28 +141,23 @@ def prune(
         plan: in the place of a ratio: module name -> units to keep, as the functions in `allocation.py` make it.
             Modules it does not name stay whole.
         blocks: the blocks to prune (default: all). The paper leaves LLaMA's first four and last two alone.
-        kinds: the kinds of modules to prune, among `"attention"`, `"ffn"`, `"gated_ffn"`; default: all that can be
-            cut, with a warning if a kind has to stay whole in this family.
-        batch_size: windows per forward pass; changes memory (in proportion to batch_size * seq) and speed, not the
-            result. Default: as many as make up 4,096 tokens. It is halved, with a warning, when memory runs out.
-        device: where the block at hand and one batch are worked on; default: where the model is. With another device
-            than the model's, one block at a time is there; so a model in the CPU's memory, or on the disk
-            (`load_model(..., lazy=True)`), can be pruned on a GPU that has room for one of its blocks.
+        kinds: the kinds of modules to prune, among `"attention"`, `"ffn"`, `"gated_ffn"`; default: all, with a warning
+            if one has to stay whole in this family.
+        batch_size: windows per pass; memory grows with batch_size * seq, the result does not depend on it. Default: as
+            many as make up 4,096 tokens. It is halved, with a warning, when memory runs out.
+        device: where the block at hand and one batch are worked on; default: where the model is. So a model in the
+            CPU's memory, or on the disk (`load_model(..., lazy=True)`), fits a GPU with room for one of its blocks.
         store: where the hidden states of all tokens wait; default: `device`. `"cpu"` saves memory on a GPU.
         precision: dtype of the summed moments and of the solves, see :class:`~greedy_helpers.moments.Moments`.
         work_dir: a folder to which every finished block is committed. A call with the same model, tokens and settings
-            goes on behind the last one and ends with the same bits as if nothing had happened. A lazy model needs one:
-            its pruned blocks live there until :func:`~greedy_helpers.checkpoint.save_pruned` collects them.
+            goes on behind the last one and ends with the same bits. A lazy model needs one: its pruned blocks are there
+            until :func:`~greedy_helpers.checkpoint.save_pruned` collects them.
 
     Under `torchrun` (see :mod:`greedy_helpers.large.distributed`) every process gives the same arguments; each runs its
     share of the windows, and all end with the same model.
 
-    Returns:
-        A report with one step per module.
-
     Raises:
-        UnknownFamily, UnsupportedModule, TypeError, ValueError, KeyError, IndexError: bad arguments, before anything is
-            touched.
+        UnknownFamily, UnsupportedModule, TypeError, ValueError, LookupError: bad arguments; nothing was touched yet.
         FloatingPointError: NaN or Inf in weights or activations, naming the layer.
         Whatever is raised, or interrupted, the model is left as it was. What `work_dir` holds, stays.
     """
@@ -192,9 +174,10 @@ def prune(
 
     step = with_smaller_batches(prune_block)
     if work_dir is not None:
-        step = resumed(
-            step, WorkFolder(work_dir, settings_of(model, calibration, ratio, recipe, job, modules, batch_size))
-        )
+        asked = {"ratio": ratio} if ratio is not None else {"plan": dict(job.plan)}
+        asked |= {"blocks": sorted({m.block for m in modules}), "kinds": sorted({m.kind for m in modules})}
+        asked |= {**recipe.names, "precision": str(precision), "batch_size": batch_size}
+        step = resumed(step, WorkFolder(work_dir, settings_of(model, calibration, **asked)))
     steps, stream_errors, streams = [], [], None
     bar = tqdm(total=len(modules), desc="prune", unit="module", disable=not progress or not is_first())
     with undone_on_error(model), bar, closing(walk(model, calibration, last, **how)) as walked:

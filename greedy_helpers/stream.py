@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -204,6 +205,19 @@ class BlockStream:
                 stack.enter_context(_running_once(owner, outputs, place, self.keep, self.device))
             output = block(hidden.to(self.device, non_blocking=True), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Streams:
+    """The calibration tokens in front of the same block, in the dense model and in the pruned one."""
+
+    dense: BlockStream
+    pruned: BlockStream
+
+    @property
+    def are_one(self) -> bool:
+        """Nothing has been cut yet."""
+        return all(a is b for a, b in zip(self.dense.hidden, self.pruned.hidden, strict=True))
 
 
 def _to(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -18,14 +18,11 @@ from transformers import PreTrainedModel
 
 from ..files import replace_file, sha256_of
 from ..report import PruneStep
-from ..structure import Depth2Module, blocks_of, blocks_path, depth2_modules
+from ..stream import Streams
+from ..structure import blocks_of, blocks_path, depth2_modules
 from ..surgery import remove_units
 from . import distributed
 from .lazy import fingerprint, is_lazy, same_kind
-
-if TYPE_CHECKING:
-    from ..pruning import Job, Streams
-    from ..recipes import Recipe
 
 Step = Callable[..., tuple[list[PruneStep], float]]
 
@@ -38,7 +35,7 @@ def resumed(step: Step, work: WorkFolder) -> Step:
 
     @wraps(step)
     def committed(
-        model: PreTrainedModel, block: nn.Module, streams: Streams, job: Job
+        model: PreTrainedModel, block: nn.Module, streams: Streams, job: object
     ) -> tuple[list[PruneStep], float]:
         index = streams.pruned.position
         if index < work.finished:
@@ -77,23 +74,10 @@ def _step_of(step: dict[str, Any]) -> PruneStep:
     return PruneStep(**step | {"scores": scores, "keep": torch.tensor(step["keep"], dtype=torch.long, device="cpu")})
 
 
-def settings_of(
-    model: PreTrainedModel,
-    calibration: Tensor,
-    ratio: float | None,
-    recipe: Recipe,
-    job: Job,
-    modules: Sequence[Depth2Module],
-    batch_size: int | None,
-) -> dict[str, Any]:
+def settings_of(model: PreTrainedModel, calibration: Tensor, **asked: Any) -> dict[str, Any]:
     """All that the result of a run depends on, as far as it can be told from outside; functions by their names."""
     return {
-        **recipe.names,
-        **({"plan": dict(job.plan)} if ratio is None else {"ratio": ratio}),
-        "blocks": sorted({module.block for module in modules}),
-        "kinds": sorted({module.kind for module in modules}),
-        "precision": str(job.precision),
-        "batch_size": batch_size,
+        **asked,
         "calibration": f"{list(calibration.shape)} {hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()}",
         "model": fingerprint(model),
         "attention": model.config._attn_implementation,
