@@ -37,6 +37,7 @@ from greedy_helpers.cost import peak_memory
 from greedy_helpers.criteria import Criterion
 from greedy_helpers.large.lazy import entries, same_kind
 from greedy_helpers.measure import ModulePasses
+from greedy_helpers.stream import BlockStream
 
 SHAPES = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
@@ -127,7 +128,7 @@ class Stages:
         stack = ExitStack()
         for place, name, stage, limit, work in (
             (pruning, "advance_dense", "dense pass", "bfloat16", _of_dense_pass),
-            (pruning.BlockStream, "advance", "pruned pass", "bfloat16", _of_pruned_pass),
+            (BlockStream, "advance", "pruned pass", "bfloat16", _of_pruned_pass),
             (ModulePasses, "moments", "moments, passes for them included", "tf32", _of_moments),
             (remedies, "refit", "refit", self.solves, _of_refit),
             (pruning, "remove_units", "cut", "memory", _of_cut),
