@@ -11,17 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from greedy_helpers import (
-    calibration_tokens,
-    depth2_modules,
-    load_model,
-    multiple_choice,
-    perplexity,
-)
+from greedy_helpers import Recipe, calibration_tokens, depth2_modules, load_model, perplexity, prune
 from greedy_helpers.__main__ import main, parse
-from greedy_helpers.compare import Recipe, apply
 from greedy_helpers.course.choices import continuation_items
 from greedy_helpers.data import evaluation_tokens
+from greedy_helpers.tasks import multiple_choice
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 FEW = ["--calibration", "4", "--seq", "64"]
@@ -29,7 +23,7 @@ FEW = ["--calibration", "4", "--seq", "64"]
 
 def test_prune_evaluate_generate(tmp_path, capsys):
     folder = tmp_path / "pruned"
-    arguments = ["llama-mini", str(folder), "--criterion", "output energy", "--remedy", "bias (FLAP)", *FEW]
+    arguments = ["llama-mini", str(folder), "--criterion", "output energy", "--remedy", "bias", *FEW]
     assert main(["--json", "prune", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"]["blocks"][1] < found["parameters"]["blocks"][0]
@@ -38,7 +32,7 @@ def test_prune_evaluate_generate(tmp_path, capsys):
     judged = json.loads(capsys.readouterr().out)
     model, tokenizer = load_model("llama-mini")
     calibration = calibration_tokens(tokenizer, 4, 64, "code+prose", seed=0)
-    apply(model, calibration, 0.25, Recipe("output energy", "bias (FLAP)"), progress=False)
+    prune(model, calibration, 0.25, Recipe("output energy", "bias"), progress=False)
     for label in ("code", "prose"):
         expected = perplexity(model, evaluation_tokens(tokenizer, 2, 64, label))
         assert judged[str(folder)]["texts"][label]["perplexity"] == pytest.approx(expected, rel=1e-4)
@@ -107,7 +101,7 @@ def test_compare_goes_on(tmp_path, capsys):
         (["generate", "llama-mini", "--prompt", ""], 1, "at least one token"),
         (["prune", "llama-mini", "x", "--blocks", "4:9", *FEW], 1, "block"),
         (["prune", "llama-mini", "x", "--blocks", "4"], 2, "expected FIRST:END, e.g. 4:30, found '4'"),
-        (["prune", "llama-mini", "x", "--remedy", "prayer"], 2, "expected one of none, bias (FLAP), "),
+        (["prune", "llama-mini", "x", "--remedy", "prayer"], 2, "expected one of none, bias, pre, "),
         (
             ["prune", "llama-mini", "x", "--dtype", "int8"],
             2,
@@ -130,7 +124,7 @@ def test_the_readmes_commands_are_understood():
     assert [parse(shlex.split(line))[0] for line in lines] == ["prune", "evaluate", "compare", "generate"]
     name, options = parse(["compare", "a", "b", "--criteria", "L1", "--criteria", "L2", "--out", "x.json"])
     assert (name, list(options["models"]), list(options["criteria"])) == ("compare", ["a", "b"], ["L1", "L2"])
-    assert list(options["remedies"]) == ["none", "recommended"]
+    assert list(options["remedies"]) == ["none", "both, residual"]
 
 
 def test_help_has_examples_and_wrong_arguments_exit_with_2():

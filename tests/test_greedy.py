@@ -11,17 +11,16 @@ from greedy_helpers import (
     cost_plan,
     count_parameters,
     depth2_modules,
-    eliminate,
     exact_greedy,
-    normal_equations,
     output_energy,
     prune,
     scores_of,
-    swap,
-    unit_parameters,
     weight_of,
 )
 from greedy_helpers import greedy as greedy_file
+from greedy_helpers.allocation import unit_parameters
+from greedy_helpers.greedy import eliminate, swap
+from greedy_helpers.reconstruct import normal_equations
 
 
 def problem(n_units=9, width=1, n=80, d_y=5, seed=0, noise=0.3):

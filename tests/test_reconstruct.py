@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from greedy_helpers import Moments, add_to_bias, least_squares, refit, solve, weight_of
+from greedy_helpers import Moments, least_squares, solve, weight_of
+from greedy_helpers.reconstruct import add_to_bias, refit
 
 
 def data(n=200, d_x=12, d_y=7, seed=0):

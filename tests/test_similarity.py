@@ -15,15 +15,13 @@ from greedy_helpers import (
     BlockStream,
     blocks_of,
     depth2_modules,
-    divergences_of,
     head_divergence,
     prune,
-    redundant_first,
     redundant_heads,
     scores_of,
     second_moment,
-    unit_divergence,
 )
+from greedy_helpers.similarity import divergences_of, redundant_first, unit_divergence
 
 
 def random_maps(batch=3, heads=5, seq=7, dtype=torch.float32):
