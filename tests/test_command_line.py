@@ -6,13 +6,26 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from greedy_helpers import Recipe, calibration_tokens, depth2_modules, load_model, perplexity, prune
-from greedy_helpers.__main__ import main, parse
+from greedy_helpers import (
+    FLAP,
+    PAPER,
+    RECOMMENDED,
+    Recipe,
+    calibration_tokens,
+    depth2_modules,
+    load_model,
+    perplexity,
+    prune,
+    random_scores,
+)
+from greedy_helpers.__main__ import _recipe, main, parse
 from greedy_helpers.course.choices import continuation_items
 from greedy_helpers.data import evaluation_tokens
 from greedy_helpers.tasks import multiple_choice
@@ -43,6 +56,24 @@ def test_prune_evaluate_generate(tmp_path, capsys):
 
     assert main(["prune", *arguments]) == 1  # the folder is there
     assert "exists and is not empty; pass --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        ([], RECOMMENDED),
+        (["--recipe", "flap", "--damp", "0.1"], replace(FLAP, damp=0.1)),
+        (
+            ["--recipe", "paper", "--remedy", "both", "--allocation", "cost"],
+            Recipe("second moment", "both", 0.01, "cost"),
+        ),
+        (["--criterion", "random", "--seed", "3"], Recipe(partial(random_scores, seed=3))),
+    ],
+)
+def test_options_override_the_recipe(options, recipe):
+    found = parse(["prune", "model", "folder", *options])[1]
+    given = {key: found[key] for key in ("criterion", "remedy", "allocation", "damp")}
+    assert _recipe(found["recipe"], found["seed"], **given).names == recipe.names
 
 
 def test_some_blocks_calibrated_on_the_models_own_text(tmp_path):
@@ -97,7 +128,7 @@ def test_compare_goes_on(tmp_path, capsys):
     [
         (["prune", "no/such/model/here", "x"], 1, "found nothing there"),
         (["prune", "llama-mini", "x", "--ratio", "1.5", *FEW], 1, "expected a ratio in [0, 1)"),
-        (["prune", "llama-mini", "x", "--criterion", "magic"], 1, "expected a criterion among"),
+        (["prune", "llama-mini", "x", "--criterion", "magic"], 2, "expected one of random, L1, "),
         (["generate", "llama-mini", "--prompt", ""], 1, "at least one token"),
         (["prune", "llama-mini", "x", "--blocks", "4:9", *FEW], 1, "block"),
         (["prune", "llama-mini", "x", "--blocks", "4"], 2, "expected FIRST:END, e.g. 4:30, found '4'"),
