@@ -15,7 +15,6 @@ import pytest
 
 from greedy_helpers import (
     FLAP,
-    PAPER,
     RECOMMENDED,
     Recipe,
     calibration_tokens,
