@@ -190,7 +190,7 @@ def test_obs_cost_refuses_a_singular_matrix():
 
 
 def test_brute_force_over_all_subsets():
-    """One unit: the optimum. Several, picked at once by their single costs: within twice the optimum here."""
+    """The optimum for one unit; for several, picked at once by their single costs, here too: no two are alike."""
     model, tokens = tiny_model("gpt2"), calibration(6, seed=3)
     remove_units(depth2_modules(model)[1], torch.arange(6))
     module, seen = seen_by(model, tokens, 0, damp=1e-12)["ffn"]
@@ -198,8 +198,7 @@ def test_brute_force_over_all_subsets():
     for n_gone in (1, 2, 3):
         subsets = itertools.combinations(range(6), n_gone)
         errors = {gone: refit_error(module.level2.linear, z, gone) for gone in subsets}
-        chosen, best = tuple(sorted(costs.argsort()[:n_gone].tolist())), min(errors.values())
-        assert errors[chosen] == pytest.approx(best) if n_gone == 1 else errors[chosen] <= 2 * best
+        assert tuple(sorted(costs.argsort()[:n_gone].tolist())) == min(errors, key=errors.get)
 
 
 def test_wanda_and_flap_by_hand(model, tokens):

@@ -67,6 +67,10 @@ def test_recipes_in_words():
 
 
 def test_names_of_functions_and_their_options():
+
+    def wanted(block, module, seen, share):
+        return torch.ones(module.n_units) * share * (module.block == block)
+
     greedy_heads = partial(by_kind, attention=partial(exact_greedy, swaps=3), ffn=output_energy)
     names = {
         "second moment": second_moment,
@@ -76,6 +80,7 @@ def test_names_of_functions_and_their_options():
         "FLAP WIFV(published_code=True)": partial(flap, published_code=True),
         "exact greedy(swaps=3, whole_path=True)": partial(exact_greedy, swaps=3, whole_path=True),
         "by_kind(attention=exact greedy(swaps=3), ffn=output energy)": greedy_heads,
+        "wanted(3, share=0.5)": partial(wanted, 3, share=0.5),
         "redundant_first(criterion=second moment, tau=0.2)": partial(redundant_first, criterion=second_moment, tau=0.2),
     }
     assert {name_of(part): part for part in names.values()} == names
@@ -86,8 +91,9 @@ def test_different_known_scores_have_different_names():
     names = [m.name for m in depth2_modules(tiny_model("llama"))]
     scores = {name: torch.arange(6.0).view(2, 3).T.flatten() for name in names}
     other = scores | {names[2]: scores[names[2]] + 1e-6}
+    turned = scores | {names[2]: scores[names[2]].flip(0)}
     elsewhere = {f"{name}.x": value for name, value in scores.items()}
-    named = [name_of(partial(fixed_scores, scores=each)) for each in (scores, other, elsewhere)]
-    assert len(set(named)) == 3
+    named = [name_of(partial(fixed_scores, scores=each)) for each in (scores, other, turned, elsewhere)]
+    assert len(set(named)) == 4
     assert named[0] == name_of(partial(fixed_scores, scores={name: s.double() for name, s in scores.items()}))
     assert named[0].startswith("fixed_scores(scores=<4 modules, ")
