@@ -61,7 +61,7 @@ def load_model(
         device: default: CUDA where there is one, else the CPU.
         dtype: default: float32 on the CPU, the checkpoint's own on an accelerator.
         lazy: leave the blocks' weights in the folder's safetensors files, and only the rest in the CPU's memory. Such a
-            model can be pruned block by block (:func:`~greedy_helpers.prune.prune` with a `work_dir`, and `device` to
+            model can be pruned block by block (:func:`~greedy_helpers.pruning.prune` with a `work_dir`, and `device` to
             work on a GPU) and saved; it cannot run as a whole. `device` decides the default dtype only.
         placement: `device_map` and what goes with it (`max_memory`, `offload_folder`): accelerate spreads a model that
             is larger than one device, to be run but not pruned. In place of `device`.
@@ -235,7 +235,7 @@ def save_pruned(
 
     Args:
         tokenizer: saved along.
-        report: what :func:`~greedy_helpers.prune.prune` returned; goes into the manifest and the card.
+        report: what :func:`~greedy_helpers.pruning.prune` returned; goes into the manifest and the card.
         details: further lines of the card, e.g. `{"base model": "llama-mini", "perplexity before": 14.2}`.
         dtype: store the weights in this dtype (e.g. `torch.float16`, half the bytes); default: as they are.
 

@@ -1,7 +1,7 @@
 """Criteria: how much each unit of a module matters. A criterion is a function (module, seen) -> scores [n_units].
 
 Higher means keep. Scores are compared inside one module only. Writing your own takes one function; pass it to
-:func:`~greedy_helpers.prune.prune` like the ones here.
+:func:`~greedy_helpers.pruning.prune` like the ones here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .structure import Depth2Module, check_tokens, depth2_modules, weight_of
 
 
 class Passes(Protocol):
-    """What can measure one module: see :class:`~greedy_helpers.stream.ModulePasses`."""
+    """What can measure one module: see :class:`~greedy_helpers.measure.ModulePasses`."""
 
     def moments(self, *levels: int) -> list[Moments]: ...
     def attention_maps(self) -> Iterator[Tensor]: ...
@@ -238,7 +238,7 @@ def flap(module: Depth2Module, seen: Seen, metric: str = "WIFV", published_code:
 
     `WIFV`: Var(z_j) ||B_:,j||^2; `IFV`: Var(z_j); `WIFN`: mean_i |B_ij| * ||z_j||. Variance over all tokens. Head: sum
     over its channels. WIFV is :func:`output_energy` per channel minus what a bias can restore; without that bias
-    (`refit="bias"`) it undervalues channels with a large mean.
+    (the remedy `"bias"`) it undervalues channels with a large mean.
 
     Args:
         published_code: the arithmetic of the authors' repository instead: window after window, with a mean that is
@@ -316,7 +316,7 @@ def removal_costs(inverse: Tensor, solution: Tensor, index: Tensor) -> Tensor:
 def weighted_square(blocks: Tensor, b: Tensor) -> Tensor:
     """tr(B_u' S_u^-1 B_u) for positive definite S [units, width, width] and B [units, width, d_y]: [units].
 
-    By Cholesky, as ||L^-1 B||^2. Batched LU is wrong on some processors: see tests/test_criteria.py.
+    By Cholesky, as ||L^-1 B||^2. Batched LU is wrong on some processors: see tests/test_numerics.py.
     """
     factor = torch.linalg.cholesky(blocks)
     return torch.linalg.solve_triangular(factor, b, upper=False).square().sum((1, 2))

@@ -106,11 +106,12 @@ class Moments:
         """
         if not self._n_recent:
             return
-        recent, self._recent, self._n_recent = self._recent, {}, 0
+        recent = self._recent
         # One NaN or Inf anywhere in x or y reaches the squares, so two small checks replace two large ones.
         for key, squares in (("activations", recent["xx"].diagonal()), ("target outputs", recent.get("yy"))):
             if squares is not None and not squares.isfinite().all():
                 raise FloatingPointError(f"{self.name}: NaN or Inf in the {key}")
+        self._recent, self._n_recent = {}, 0  # not before: what is spoilt stays so, whoever reads next
         for start in range(0, len(recent["xx"]), _STRIP):
             end = start + _STRIP
             recent["xx"][end:, start:end] = recent["xx"][start:end, end:].T

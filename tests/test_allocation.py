@@ -2,24 +2,26 @@
 
 import pytest
 import torch
+from conftest import quiet
 from tiny import CONFIGS, tiny_model
 
 from greedy_helpers import (
-    adaptive_plan,
     budget,
     count_parameters,
     depth2_modules,
     keep_best,
-    middle_blocks,
-    prune,
-    redundancy_plan,
     remove_units,
-    removed_parameters,
     scores_of,
     uniform_plan,
+)
+from greedy_helpers.allocation import (
+    adaptive_plan,
+    check_plan,
+    middle_blocks,
+    redundancy_plan,
+    removed_parameters,
     unit_parameters,
 )
-from greedy_helpers.allocation import check_plan
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -44,7 +46,7 @@ def test_a_plan_meets_its_budget(name, of, make, tokens):
         uniform_plan(modules, wanted) if make == "uniform" else adaptive_plan(modules, scores_of(model, tokens), wanted)
     )
     before = count_parameters(model)
-    report = prune(model, tokens, plan, progress=False)
+    report = quiet(model, tokens, plan=plan)
     removed = before["total"] - count_parameters(model)["total"]
     dearest = max(unit_parameters(module) for module in modules)
     slack = dearest if make == "adaptive" else sum(unit_parameters(module) for module in modules)
@@ -69,7 +71,7 @@ def test_widths_on_multiples(name, multiple, tokens):
         if ratio == 0:
             assert plan == {m.name: m.n_units for m in modules}
     before = count_parameters(model)["total"]
-    prune(model, tokens, plan, progress=False)
+    quiet(model, tokens, plan=plan)
     removed = before - count_parameters(model)["total"]
     assert removed == removed_parameters(modules, plan) >= wanted
 

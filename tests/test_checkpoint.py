@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, quiet
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_model
@@ -16,14 +16,13 @@ from tiny import VOCABULARY, tiny_model
 from greedy_helpers import (
     count_parameters,
     depth2_modules,
-    disk_bytes,
     files,
     load_model,
     load_pruned,
-    prune,
     remove_units,
     save_pruned,
 )
+from greedy_helpers.files import disk_bytes
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_reload_in_a_fresh_process(tmp_path, tokenizer, tokens):
 def test_prune_again_after_reload_and_save_again(tmp_path, tokenizer, tokens):
     save_pruned(pruned_model("llama-gqa"), tmp_path / "once", tokenizer)
     model, _ = load_model(tmp_path / "once", device="cpu")
-    prune(model, torch.randint(0, VOCABULARY, (8, 24)), 0.5, refit="both", progress=False)
+    quiet(model, torch.randint(0, VOCABULARY, (8, 24)), 0.5, remedy="both")
     save_pruned(model, tmp_path / "twice", tokenizer)
     again, _ = load_model(tmp_path / "twice", device="cpu")
     with torch.no_grad():
@@ -237,7 +236,7 @@ def test_without_a_tokenizer(tmp_path):
 
 def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, tokens):
     model = tiny_model("llama", torch.float32)
-    report = prune(model, tokens, 0.25, refit="both", progress=False)
+    report = quiet(model, tokens, 0.25, remedy="both")
     folder = save_pruned(model, tmp_path / "model", tokenizer, report=report, details={"perplexity before": 14.25})
     manifest = json.loads((folder / "pruned.json").read_text())
     assert manifest["units"]["model.layers.1.mlp"] == {"dense": 80, "left": 60}
@@ -246,10 +245,10 @@ def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, to
     card = (folder / "README.md").read_text()
     for fact in (
         "| asked for | 0.25 of the units of each module removed |",
-        "| criterion | second_moment |",
+        "| criterion | second moment |",
         "| calibration | 144 tokens |",
         "| perplexity before | 14.25 |",
-        "refit both, target ",
+        "| remedy | both (damping 0.01) |",
     ):
         assert fact in card
 

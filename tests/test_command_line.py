@@ -6,22 +6,28 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from greedy_helpers import (
+    FLAP,
+    RECOMMENDED,
+    Recipe,
     calibration_tokens,
     depth2_modules,
     load_model,
-    multiple_choice,
     perplexity,
+    prune,
+    random_scores,
 )
-from greedy_helpers.__main__ import main, parse
-from greedy_helpers.compare import Recipe, apply
+from greedy_helpers.__main__ import _recipe, main, parse
 from greedy_helpers.course.choices import continuation_items
 from greedy_helpers.data import evaluation_tokens
+from greedy_helpers.tasks import multiple_choice
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 FEW = ["--calibration", "4", "--seq", "64"]
@@ -29,7 +35,7 @@ FEW = ["--calibration", "4", "--seq", "64"]
 
 def test_prune_evaluate_generate(tmp_path, capsys):
     folder = tmp_path / "pruned"
-    arguments = ["llama-mini", str(folder), "--criterion", "output energy", "--remedy", "bias (FLAP)", *FEW]
+    arguments = ["llama-mini", str(folder), "--criterion", "output energy", "--remedy", "bias", *FEW]
     assert main(["--json", "prune", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"]["blocks"][1] < found["parameters"]["blocks"][0]
@@ -38,7 +44,7 @@ def test_prune_evaluate_generate(tmp_path, capsys):
     judged = json.loads(capsys.readouterr().out)
     model, tokenizer = load_model("llama-mini")
     calibration = calibration_tokens(tokenizer, 4, 64, "code+prose", seed=0)
-    apply(model, calibration, 0.25, Recipe("output energy", "bias (FLAP)"), progress=False)
+    prune(model, calibration, 0.25, Recipe("output energy", "bias"), progress=False)
     for label in ("code", "prose"):
         expected = perplexity(model, evaluation_tokens(tokenizer, 2, 64, label))
         assert judged[str(folder)]["texts"][label]["perplexity"] == pytest.approx(expected, rel=1e-4)
@@ -49,6 +55,24 @@ def test_prune_evaluate_generate(tmp_path, capsys):
 
     assert main(["prune", *arguments]) == 1  # the folder is there
     assert "exists and is not empty; pass --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        ([], RECOMMENDED),
+        (["--recipe", "flap", "--damp", "0.1"], replace(FLAP, damp=0.1)),
+        (
+            ["--recipe", "paper", "--remedy", "both", "--allocation", "cost"],
+            Recipe("second moment", "both", 0.01, "cost"),
+        ),
+        (["--criterion", "random", "--seed", "3"], Recipe(partial(random_scores, seed=3))),
+    ],
+)
+def test_options_override_the_recipe(options, recipe):
+    found = parse(["prune", "model", "folder", *options])[1]
+    given = {key: found[key] for key in ("criterion", "remedy", "allocation", "damp")}
+    assert _recipe(found["recipe"], found["seed"], **given).names == recipe.names
 
 
 def test_some_blocks_calibrated_on_the_models_own_text(tmp_path):
@@ -103,11 +127,11 @@ def test_compare_goes_on(tmp_path, capsys):
     [
         (["prune", "no/such/model/here", "x"], 1, "found nothing there"),
         (["prune", "llama-mini", "x", "--ratio", "1.5", *FEW], 1, "expected a ratio in [0, 1)"),
-        (["prune", "llama-mini", "x", "--criterion", "magic"], 1, "expected a criterion among"),
+        (["prune", "llama-mini", "x", "--criterion", "magic"], 2, "expected one of random, L1, "),
         (["generate", "llama-mini", "--prompt", ""], 1, "at least one token"),
         (["prune", "llama-mini", "x", "--blocks", "4:9", *FEW], 1, "block"),
         (["prune", "llama-mini", "x", "--blocks", "4"], 2, "expected FIRST:END, e.g. 4:30, found '4'"),
-        (["prune", "llama-mini", "x", "--remedy", "prayer"], 2, "expected one of none, bias (FLAP), "),
+        (["prune", "llama-mini", "x", "--remedy", "prayer"], 2, "expected one of none, bias, pre, "),
         (
             ["prune", "llama-mini", "x", "--dtype", "int8"],
             2,
@@ -130,7 +154,7 @@ def test_the_readmes_commands_are_understood():
     assert [parse(shlex.split(line))[0] for line in lines] == ["prune", "evaluate", "compare", "generate"]
     name, options = parse(["compare", "a", "b", "--criteria", "L1", "--criteria", "L2", "--out", "x.json"])
     assert (name, list(options["models"]), list(options["criteria"])) == ("compare", ["a", "b"], ["L1", "L2"])
-    assert list(options["remedies"]) == ["none", "recommended"]
+    assert list(options["remedies"]) == ["none", "both, residual"]
 
 
 def test_help_has_examples_and_wrong_arguments_exit_with_2():

@@ -8,17 +8,8 @@ import torch
 from datasets import Dataset
 from tiny import VOCABULARY, tiny_model
 
-from greedy_helpers import (
-    calibration_tokens,
-    documents,
-    evaluation_tokens,
-    load_model,
-    pack,
-    python_corpus,
-    random_tokens,
-    self_generated_tokens,
-)
-from greedy_helpers.data import docstrings, is_held_out
+from greedy_helpers import calibration_tokens, evaluation_tokens, load_model, random_tokens, self_generated_tokens
+from greedy_helpers.data import docstrings, documents, is_held_out, pack, python_corpus
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,9 @@ from torch import nn
 from transformers import AutoConfig, Phi3Config, Phi3ForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from greedy_helpers import (
-    FAMILIES,
-    UnknownFamily,
-    UnsupportedModule,
-    coupling,
-    depth2_modules,
-    discover,
-    discovery,
-    find_units,
-    tiny_twin,
-)
+from greedy_helpers import FAMILIES, depth2_modules, discover, discovery
+from greedy_helpers.discovery import coupling, find_units, tiny_twin
+from greedy_helpers.structure import UnknownFamily, UnsupportedModule
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,7 +9,8 @@ import torch
 from solutions import CHECKED, nb
 
 from greedy_helpers.course import exercises
-from greedy_helpers.course.exercises import NotYet, common
+from greedy_helpers.course.exercises import common
+from greedy_helpers.course.exercises.common import NotYet
 
 ANSWERS = answers_00_to_04.ANSWERS | answers_05_to_10.ANSWERS
 SOLVED = {checker: getattr(nb, name) for checker, name in CHECKED.items()}

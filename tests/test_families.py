@@ -10,30 +10,21 @@ import families_report as report
 import pytest
 import torch
 import transformers
-from conftest import assert_untouched, state_of
+from conftest import assert_untouched, quiet, state_of
 from families_report import assert_removing_equals_zeroing, logits_of, removed_and_zeroed, some_tokens
 from tiny import CONFIGS, ENCODERS, randomize, tiny_config, tiny_model
 
-from greedy_helpers import (
-    FAMILIES,
-    UnsupportedModule,
-    depth2_modules,
-    discover,
-    export_plain,
-    prune,
-    remove_units,
-    undone_on_error,
-    zero_units,
-)
+from greedy_helpers import FAMILIES, depth2_modules, discover, export_plain, remove_units, zero_units
 from greedy_helpers.families import REFUSED
-from greedy_helpers.structure import family_of, weight_of
+from greedy_helpers.structure import UnsupportedModule, family_of, weight_of
+from greedy_helpers.surgery import undone_on_error
 
 WITH_PLAN = [name for name in CONFIGS if tiny_config(name).base_model_tp_plan]
 RECORDED = json.loads(report.RESULTS.read_text())["families"]
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def no_warnings_of_transformers():
     transformers.logging.set_verbosity(logging.ERROR)
 
 
@@ -140,22 +131,22 @@ def test_the_whole_method_runs(name):
     with torch.no_grad():
         dense = tiny_model(name)(input_ids=tokens)[0]
     errors = {}
-    for refit in (None, "both"):
+    for remedy in ("none", "both"):
         model, warning = tiny_model(name), contextlib.nullcontext()
         if name == "olmo2":
             warning = pytest.warns(UserWarning, match="olmo2: self_attn stays whole: its q_norm")
         with warning:
-            prune(model, tokens, 0.5, refit=refit, progress=False)
+            quiet(model, tokens, 0.5, remedy=remedy)
         with torch.no_grad():
-            errors[refit] = (model(input_ids=tokens)[0] - dense).square().mean().item()
-    assert 0 < errors["both"] < errors[None]
+            errors[remedy] = (model(input_ids=tokens)[0] - dense).square().mean().item()
+    assert 0 < errors["both"] < errors["none"]
 
 
 def test_attention_that_has_to_stay_whole_is_refused_with_the_reason():
     model = tiny_model("olmo2")
     before = state_of(model)
     with pytest.raises(UnsupportedModule, match=r"olmo2: attention has to stay whole .*q_norm and k_norm"):
-        prune(model, some_tokens(), 0.5, kinds={"attention"}, progress=False)
+        quiet(model, some_tokens(), 0.5, kinds={"attention"})
     with pytest.raises(ValueError, match="expected kinds among"):
         depth2_modules(model, kinds={"mlp"})
     assert_untouched(model, before)

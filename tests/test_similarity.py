@@ -5,9 +5,11 @@ import math
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from conftest import quiet
 from scipy.spatial.distance import jensenshannon
 from tiny import CONFIGS, tiny_model
 
@@ -15,32 +17,32 @@ from greedy_helpers import (
     BlockStream,
     blocks_of,
     depth2_modules,
-    divergences_of,
     head_divergence,
-    prune,
-    redundant_first,
+    output_energy,
     redundant_heads,
     scores_of,
-    second_moment,
-    unit_divergence,
 )
+from greedy_helpers.similarity import divergences_of, redundant_first, unit_divergence
 
 
-def random_maps(batch=3, heads=5, seq=7, dtype=torch.float32):
-    """Causal maps, so with exact zeros, one head twice."""
-    generator = torch.Generator().manual_seed(0)
-    scores = 3 * torch.randn(batch, heads, seq, seq, generator=generator)
+def random_maps(batch=3, heads=5, seq=7, keys=None, dtype=torch.float32):
+    """Causal maps, so with exact zeros, one head twice; with more keys than queries the last ones see all before."""
+    keys = keys or seq
+    scores = 3 * torch.randn(batch, heads, seq, keys, generator=torch.Generator().manual_seed(0))
     scores[:, 3] = scores[:, 1]
-    mask = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+    mask = torch.ones(seq, keys, dtype=torch.bool).triu(keys - seq + 1)
     return scores.masked_fill(mask, float("-inf")).softmax(-1).to(dtype)
 
 
-def test_divergence_equals_scipy():
-    maps = random_maps()
-    found = head_divergence([maps])
-    for i, j in itertools.combinations(range(5), 2):
+@pytest.mark.parametrize("max_elements", [None, 1, 100, 333, 10**6])
+@pytest.mark.parametrize(("batch", "heads", "seq", "keys"), [(1, 5, 7, 7), (3, 5, 7, 7), (4, 6, 5, 9)])
+def test_divergence_equals_scipy(batch, heads, seq, keys, max_elements):
+    """Sample by sample, row by row, in pieces of any size and batches of any size."""
+    maps = random_maps(batch, heads, seq, keys)
+    found = head_divergence(maps.split([1, batch - 1] if batch > 1 else 1), max_elements)
+    for i, j in itertools.combinations(range(heads), 2):
         rows = zip(maps[:, i].flatten(0, 1).double().numpy(), maps[:, j].flatten(0, 1).double().numpy(), strict=True)
-        expected = sum(jensenshannon(p, q) ** 2 for p, q in rows) / 21  # scipy returns the root, in nats
+        expected = sum(jensenshannon(p, q) ** 2 for p, q in rows) / (batch * seq)  # scipy returns the root, in nats
         assert found[i, j] == pytest.approx(expected, abs=1e-6)
     assert torch.equal(found, found.T)
     assert found.diagonal().abs().max() == 0
@@ -52,13 +54,6 @@ def test_opposite_heads_are_ln_2_apart():
     maps = torch.zeros(1, 2, 4, 4)
     maps[:, 0, :, 0] = maps[:, 1, :, 1] = 1
     assert head_divergence([maps])[0, 1] == pytest.approx(math.log(2))
-
-
-def test_batches_and_pieces_change_nothing():
-    maps = random_maps(batch=6)
-    whole = head_divergence([maps])
-    torch.testing.assert_close(head_divergence(maps.split(1)), whole, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(head_divergence([maps], max_elements=1), whole, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -137,8 +132,8 @@ def test_streamed_maps_of_every_family(name):
     if modules[0].kind != "attention":
         pytest.skip("its attention stays whole")
     stream = BlockStream(model, tokens, batch_size=3)
-    stream.advance(blocks_of(model)[0], 0)
-    maps = torch.cat(list(stream.attention_maps(blocks_of(model)[1], 1, modules[0].owner)))
+    stream.advance(blocks_of(model)[0])
+    maps = torch.cat(list(stream.attention_maps(blocks_of(model)[1], modules[0].owner)))
     assert maps.shape[1] % modules[0].n_units == 0
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]), rtol=0, atol=1e-5)
     with torch.no_grad():
@@ -149,7 +144,7 @@ def test_streamed_maps_of_every_family(name):
 def test_sdpa_is_refused_with_the_way_out(tokens):
     model = tiny_model("llama", attention="sdpa")
     with pytest.raises(ValueError, match=r"attention 'sdpa'\. Call model\.set_attn_implementation\('eager'\)"):
-        prune(model, tokens, 0.25, criterion=redundant_first(second_moment, 0.2), progress=False)
+        quiet(model, tokens, 0.25, criterion=partial(redundant_first, tau=0.2))
     assert depth2_modules(model)[0].n_units == 4
 
 
@@ -168,7 +163,9 @@ def peak_rise(call):
     script = f"""
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from greedy_helpers import BlockStream, blocks_of, depth2_modules, divergences_of, peak_memory
+from greedy_helpers import BlockStream, blocks_of, depth2_modules
+from greedy_helpers.cost import peak_memory
+from greedy_helpers.similarity import divergences_of
 config = GPT2Config(vocab_size=96, n_embd=96, n_layer=1, n_head=12, n_positions=1024, attn_implementation="eager")
 model = GPT2LMHeadModel(config).eval()
 tokens = torch.randint(0, 96, (16, 1024))
@@ -196,7 +193,7 @@ def test_memory_of_1024_tokens_and_12_heads():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no record of the peak")
 def test_the_memory_test_has_teeth():
-    call = "list(BlockStream(model, tokens, 1).attention_maps(blocks_of(model)[0], 0, depth2_modules(model)[0].owner))"
+    call = "list(BlockStream(model, tokens, 1).attention_maps(blocks_of(model)[0], depth2_modules(model)[0].owner))"
     assert peak_rise(call) > 700
 
 
@@ -208,7 +205,7 @@ def test_a_batch_of_maps_is_gone_before_the_next_one_is_made(tokens):
     owner.register_forward_pre_hook(lambda *_: alive.append(sum(maps() is not None for maps in made)))
 
     def watched():
-        for maps in stream.attention_maps(block, 0, owner):
+        for maps in stream.attention_maps(block, owner):
             made.append(weakref.ref(maps))
             yield maps
             del maps
@@ -221,8 +218,10 @@ def test_a_batch_of_maps_is_gone_before_the_next_one_is_made(tokens):
 @pytest.mark.parametrize("name", ["llama", "llama-gqa", "gpt2"])
 def test_redundant_first_ranks_them_below_all_others(name, tokens):
     model = tiny_model(name, attention="eager")
-    plain = scores_of(model, tokens)
-    found = scores_of(model, tokens, redundant_first(second_moment, 0.7))  # above ln 2: all but one
+    plain = scores_of(model, tokens, output_energy)
+    found = scores_of(
+        model, tokens, partial(redundant_first, criterion=output_energy, tau=0.7)
+    )  # above ln 2: all but one
     marked = 0
     for module in depth2_modules(model):
         a, b = plain[module.name], found[module.name]

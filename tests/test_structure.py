@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_model
 from transformers import XLMConfig, XLMModel
 
-from greedy_helpers import UnknownFamily, depth2_modules, set_weight, weight_of
-from greedy_helpers.structure import channel_index, eval_mode
+from greedy_helpers import depth2_modules, set_weight, weight_of
+from greedy_helpers.structure import UnknownFamily, channel_index, eval_mode
 
 
 def test_channel_index_by_hand():

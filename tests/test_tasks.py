@@ -13,19 +13,10 @@ import yaml
 from conftest import assert_untouched, state_of
 from scipy.stats import binomtest
 
-from greedy_helpers import (
-    PAPER_TASKS,
-    ChoiceScores,
-    MultipleChoice,
-    depth2_modules,
-    load_model,
-    load_tokenizer,
-    multiple_choice,
-    paired_accuracy,
-    remove_units,
-    zero_shot,
-)
+from greedy_helpers import depth2_modules, load_model, remove_units
+from greedy_helpers.checkpoint import load_tokenizer
 from greedy_helpers.course.choices import choice_tasks
+from greedy_helpers.tasks import PAPER_TASKS, ChoiceScores, MultipleChoice, multiple_choice, paired_accuracy, zero_shot
 
 IMPORT = MultipleChoice("import", (" os", " zebra"), 0)
 

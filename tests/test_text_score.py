@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_model
 
-from greedy_helpers import Text, evaluate_text, load_tokenizer, perplexity, read_text
+from greedy_helpers import evaluate_text, perplexity, read_text
+from greedy_helpers.checkpoint import load_tokenizer
 from greedy_helpers.data import documents, evaluation_tokens
+from greedy_helpers.evaluate import Text
 
 
 def stream(t: int = 200, n_documents: int = 20) -> Text:

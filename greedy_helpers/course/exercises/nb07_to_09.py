@@ -196,7 +196,7 @@ def _problem(seed: int, channels: int = 6, tokens: int = 40, d_y: int = 3) -> tu
     z = z @ mix
     y = z @ b + noise
     h = z.T @ z + 0.5 * torch.eye(channels).double()
-    return z, y, h, torch.linalg.solve(h, z.T @ y)
+    return z, y, h, torch.cholesky_solve(z.T @ y, torch.linalg.cholesky(h))
 
 
 def _solved_again(z: Tensor, y: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
