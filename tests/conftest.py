@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of both families; and what nbval needs to run the notebooks."""
+"""Shared by all tests: tiny models, calibration tokens, a silent `prune`; and what nbval needs to run the notebooks."""
 
 import os
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_model
 
+from greedy_helpers import Recipe, prune, second_moment
+
 TINY = ("llama", "llama-gqa", "gpt2")
 
 
@@ -29,9 +31,18 @@ def model(request):
     return tiny_model(request.param)
 
 
+def calibration(n=12, seq=24, seed=5):
+    return torch.randint(0, VOCABULARY, (n, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def quiet(model, calibration, ratio=None, *, criterion=second_moment, remedy="none", damp=1e-2, **options):
+    """`prune` without a progress bar; the parts of a plain recipe by name."""
+    return prune(model, calibration, ratio, Recipe(criterion, remedy, damp), progress=False, **options)
+
+
 @pytest.fixture
 def tokens():
-    return torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
+    return calibration(6, seed=1)
 
 
 def state_of(model) -> dict:
