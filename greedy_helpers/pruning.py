@@ -170,7 +170,7 @@ def prune(
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, score)
         _warn_of_whole_modules(modules, plan, ratio)
     job = Job(criterion, remedy, recipe.damp, {m.name: plan.get(m.name, m.n_units) for m in modules}, precision)
-    last = max((module.block for module in modules), default=-1)
+    total, last = len(modules), max((module.block for module in modules), default=-1)
 
     step = with_smaller_batches(prune_block)
     if work_dir is not None:
@@ -178,8 +178,9 @@ def prune(
         asked |= {"blocks": sorted({m.block for m in modules}), "kinds": sorted({m.kind for m in modules})}
         asked |= {**recipe.names, "precision": str(precision), "batch_size": batch_size}
         step = resumed(step, WorkFolder(work_dir, settings_of(model, calibration, **asked)))
+    del modules  # their indices would grow with the model's depth
     steps, stream_errors, streams = [], [], None
-    bar = tqdm(total=len(modules), desc="prune", unit="module", disable=not progress or not is_first())
+    bar = tqdm(total=total, desc="prune", unit="module", disable=not progress or not is_first())
     with undone_on_error(model), bar, closing(walk(model, calibration, last, **how)) as walked:
         for block, stream in walked:
             streams = streams or Streams(stream.share(), stream)

@@ -13,19 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_model, assert_same_report, assert_untouched, state_of
-from tiny import VOCABULARY, tiny_model
+from conftest import assert_same_model, assert_same_report, assert_untouched, calibration, quiet, state_of
+from tiny import tiny_model
 
-from greedy_helpers import blocks_of, exact_greedy, large, load_model, output_energy, prune, random_scores
+from greedy_helpers import blocks_of, exact_greedy, load_model, output_energy, random_scores
 from greedy_helpers.__main__ import main
+from greedy_helpers.large import resume
+from greedy_helpers.large.lazy import read_weight
+from greedy_helpers.recipes import name_of
 
-quiet = partial(prune, progress=False)
-HOW = {"ratio": 0.4, "refit": "both", "target": "residual", "criterion": exact_greedy(), "batch_size": 4}
+HOW = {"ratio": 0.4, "criterion": exact_greedy, "remedy": "both, residual", "batch_size": 4}
 fork = multiprocessing.get_context("fork")  # a process of its own to kill, without the seconds that imports take
-
-
-def calibration(n=10, seq=20, seed=5):
-    return torch.randint(0, VOCABULARY, (n, seq), generator=torch.Generator().manual_seed(seed))
 
 
 def deep_model(name="llama", blocks=4, dtype=torch.float32):
@@ -38,6 +36,9 @@ def deep_model(name="llama", blocks=4, dtype=torch.float32):
         block.self_attn.layer_idx = place
     model.config.num_hidden_layers = blocks
     return model
+
+
+TOKENS = calibration(10, 20)
 
 
 def assert_same(model, report, expected_model, expected_report):
@@ -57,7 +58,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def uninterrupted(one_thread):
     model = deep_model()
-    return model, quiet(model, calibration(), **HOW)
+    return model, quiet(model, TOKENS, **HOW)
 
 
 def in_a_process(run):
@@ -73,10 +74,10 @@ def test_killed_at_random_moments(tmp_path, uninterrupted):
     """Killed, started again, killed again ... until a run is through; the last one returns what all have done."""
     generator, kills = random.Random(0), 0
     started = time.perf_counter()
-    quiet(deep_model(), calibration(), **HOW, work_dir=tmp_path / "timed")
+    quiet(deep_model(), TOKENS, **HOW, work_dir=tmp_path / "timed")
     usual = time.perf_counter() - started
     for _ in range(40):
-        process = in_a_process(lambda: quiet(deep_model(), calibration(), **HOW, work_dir=tmp_path / "work"))
+        process = in_a_process(lambda: quiet(deep_model(), TOKENS, **HOW, work_dir=tmp_path / "work"))
         process.join(generator.uniform(0.1, 0.8) * usual)
         if process.is_alive():
             process.kill()
@@ -89,7 +90,7 @@ def test_killed_at_random_moments(tmp_path, uninterrupted):
             shutil.rmtree(tmp_path / "work")
             usual /= 2
     model = deep_model()
-    report = quiet(model, calibration(), **HOW, work_dir=tmp_path / "work")
+    report = quiet(model, TOKENS, **HOW, work_dir=tmp_path / "work")
     assert kills > 0
     assert_same(model, report, *uninterrupted)
     assert not list((tmp_path / "work").glob(".*")), "something half-written was left"
@@ -100,7 +101,7 @@ def test_killed_at_every_step_of_a_commit(what, tmp_path, uninterrupted):
     """The process dies in the very call, before or after its work is done (or half done: a text), one call later every
     time."""
     place, name = (
-        {"save_file": large, "os.fsync": os, "os.replace": os, "Path.write_text": Path}[what],
+        {"save_file": resume, "os.fsync": os, "os.replace": os, "Path.write_text": Path}[what],
         what.split(".")[-1],
     )
     original = getattr(place, name)
@@ -119,7 +120,7 @@ def test_killed_at_every_step_of_a_commit(what, tmp_path, uninterrupted):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(place, name, dying)
-        quiet(deep_model(), calibration(), **HOW, work_dir=tmp_path / "work")
+        quiet(deep_model(), TOKENS, **HOW, work_dir=tmp_path / "work")
 
     ends = []
     for call, after in itertools.product(range(1, 20), (False, True)):
@@ -130,7 +131,7 @@ def test_killed_at_every_step_of_a_commit(what, tmp_path, uninterrupted):
             break
     assert set(ends) == {-signal.SIGKILL, 0}
     model = deep_model()
-    report = quiet(model, calibration(), **HOW, work_dir=tmp_path / "work")
+    report = quiet(model, TOKENS, **HOW, work_dir=tmp_path / "work")
     assert_same(model, report, *uninterrupted)
 
 
@@ -143,7 +144,7 @@ def stops_in(block, criterion):
             raise KeyboardInterrupt
         return criterion(module, seen)
 
-    stopping.__name__ = criterion.__name__
+    stopping.__name__ = name_of(criterion)
     return stopping
 
 
@@ -152,14 +153,14 @@ def test_interrupted_the_model_is_whole_and_the_folder_keeps_what_was_done(tmp_p
     before = state_of(model)
     for block in (1, 1, 3):
         with pytest.raises(KeyboardInterrupt):
-            quiet(model, calibration(), **HOW | {"criterion": stops_in(block, HOW["criterion"])}, work_dir=work)
+            quiet(model, TOKENS, **HOW | {"criterion": stops_in(block, HOW["criterion"])}, work_dir=work)
         assert_untouched(model, before)
         assert len(list(work.glob("block-*.json"))) == block
 
     asked = []
     counting = lambda module, seen: (asked.append(module.block), HOW["criterion"](module, seen))[1]  # noqa: E731
-    counting.__name__ = HOW["criterion"].__name__
-    report = quiet(model, calibration(), **HOW | {"criterion": counting}, work_dir=work)
+    counting.__name__ = name_of(HOW["criterion"])
+    report = quiet(model, TOKENS, **HOW | {"criterion": counting}, work_dir=work)
     assert set(asked) == {3}, "finished blocks were not scored again"
     assert_same(model, report, *uninterrupted)
 
@@ -167,22 +168,22 @@ def test_interrupted_the_model_is_whole_and_the_folder_keeps_what_was_done(tmp_p
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("bloom", {"ratio": 0.4, "refit": "pre", "batch_size": 4}),  # heads' alibi slices are a buffer
-        ("llama-gqa", {"ratio": 0.4, "refit": "bias", "criterion": output_energy}),
-        ("llama", {"ratio": 0.4, "refit": "bias", "criterion": output_energy}),  # biases that the dense model lacks
-        ("gpt2", {"ratio": 0.4, "refit": "both", "blocks": [1]}),
+        ("bloom", {"ratio": 0.4, "remedy": "pre", "batch_size": 4}),  # heads' alibi slices are a buffer
+        ("llama-gqa", {"ratio": 0.4, "remedy": "bias", "criterion": output_energy}),
+        ("llama", {"ratio": 0.4, "remedy": "bias", "criterion": output_energy}),  # biases that the dense model lacks
+        ("gpt2", {"ratio": 0.4, "remedy": "both", "blocks": [1]}),
         ("stablelm", {"ratio": 0.5, "criterion": partial(random_scores, seed=3), "kinds": {"attention"}}),
     ],
 )
 def test_what_was_committed_comes_back_in_every_family(name, how, tmp_path):
     expected, model = tiny_model(name, torch.float32), tiny_model(name, torch.float32)
-    expected_report = quiet(expected, calibration(), **how)
-    quiet(tiny_model(name, torch.float32), calibration(), **how, work_dir=tmp_path / "work")
+    expected_report = quiet(expected, TOKENS, **how)
+    quiet(tiny_model(name, torch.float32), TOKENS, **how, work_dir=tmp_path / "work")
     (tmp_path / "work" / "block-00001.json").unlink()  # as if killed just before
-    report = quiet(model, calibration(), **how, work_dir=tmp_path / "work")
+    report = quiet(model, TOKENS, **how, work_dir=tmp_path / "work")
     assert_same(model, report, expected, expected_report)
     with torch.no_grad():
-        assert torch.equal(model(calibration()).logits, expected(calibration()).logits)
+        assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
 
 
 def test_a_smaller_batch_is_remembered(tmp_path):
@@ -202,29 +203,29 @@ def test_a_smaller_batch_is_remembered(tmp_path):
         scores.__name__ = "energy"
         return scores
 
-    how = {"ratio": 0.4, "refit": "both", "batch_size": 8}
+    how = {"ratio": 0.4, "remedy": "both", "batch_size": 8}
     expected, model = deep_model(), deep_model()
     with pytest.warns(UserWarning, match="going on with 4 windows"):
-        expected_report = quiet(expected, calibration(), **how, criterion=criterion(1, None))
+        expected_report = quiet(expected, TOKENS, **how, criterion=criterion(1, None))
     with pytest.warns(UserWarning, match="going on with 4 windows"), pytest.raises(KeyboardInterrupt):
-        quiet(model, calibration(), **how, criterion=criterion(1, 2), work_dir=tmp_path / "work")
-    report = quiet(model, calibration(), **how, criterion=criterion(0, None), work_dir=tmp_path / "work")
+        quiet(model, TOKENS, **how, criterion=criterion(1, 2), work_dir=tmp_path / "work")
+    report = quiet(model, TOKENS, **how, criterion=criterion(0, None), work_dir=tmp_path / "work")
     assert_same(model, report, expected, expected_report)
 
 
 def test_a_lazy_model_goes_on_too(tmp_path):
     deep_model().save_pretrained(tmp_path / "dense")
     expected, _ = load_model(tmp_path / "dense", "cpu")
-    expected_report = quiet(expected, calibration(), **HOW)
+    expected_report = quiet(expected, TOKENS, **HOW)
     lazy, _ = load_model(tmp_path / "dense", "cpu", lazy=True)
     stopping = stops_in(2, HOW["criterion"])
     with pytest.raises(KeyboardInterrupt):
-        quiet(lazy, calibration(), **HOW | {"criterion": stopping}, work_dir=tmp_path / "work")
+        quiet(lazy, TOKENS, **HOW | {"criterion": stopping}, work_dir=tmp_path / "work")
     again, _ = load_model(tmp_path / "dense", "cpu", lazy=True)
-    report = quiet(again, calibration(), **HOW, work_dir=tmp_path / "work")
+    report = quiet(again, TOKENS, **HOW, work_dir=tmp_path / "work")
     for name, value in expected.state_dict().items():
-        found = large.read_weight(again, name) if name in again.weights_on_disk else again.state_dict()[name]
-        assert torch.equal(found, value), name
+        on_disk = name in again.weights_on_disk
+        assert torch.equal(read_weight(again, name) if on_disk else again.state_dict()[name], value), name
     assert report.stream_errors == expected_report.stream_errors
 
 
@@ -236,14 +237,14 @@ def test_a_lazy_model_goes_on_too(tmp_path):
     [
         ({"ratio": 0.5}, "ratio was 0.4, is now 0.5"),
         ({"damp": 0.1}, "damp was 0.01, is now 0.1"),
-        ({"refit": "post"}, "refit was 'both', is now 'post'"),
-        ({"target": "dense"}, "target was 'residual', is now 'dense'"),
-        ({"criterion": partial(random_scores, seed=1)}, r"criterion was 'exact_greedy.*random_scores\(seed=1\)'"),
+        ({"remedy": "post"}, "remedy was 'both, residual', is now 'post'"),
+        ({"plan": {"model.layers.0.mlp": 40}, "ratio": None}, "plan was None, is now .*; ratio was 0.4, is now None"),
+        ({"criterion": partial(random_scores, seed=1)}, r"criterion was 'exact greedy', is now 'random\(seed=1\)'"),
         ({"blocks": [0]}, r"blocks was \[0, 1\], is now \[0\]"),
         ({"kinds": {"gated_ffn"}}, r"kinds was \['attention', 'gated_ffn'\], is now \['gated_ffn'\]"),
         ({"batch_size": 5}, "batch_size was 4, is now 5"),
         ({"precision": torch.float32}, "precision was 'torch.float64'"),
-        ({"calibration": calibration(seed=6)}, r"calibration was '\[10, 20\] "),
+        ({"calibration": calibration(10, 20, seed=6)}, r"calibration was '\[10, 20\] "),
         ({"ratio": 0.5, "damp": 0.1}, "damp was .*; ratio was"),
     ],
 )
@@ -251,14 +252,14 @@ def test_other_settings_are_refused_by_name(change, message, tmp_path_factory, f
     model = tiny_model("llama", torch.float32)
     before = state_of(model)
     with pytest.raises(ValueError, match=f"holds a run with other settings: .*{message}"):
-        quiet(model, **{"calibration": calibration(), **HOW} | change, work_dir=finished_work)
+        quiet(model, **{"calibration": TOKENS} | HOW | change, work_dir=finished_work)
     assert_untouched(model, before)
 
 
 @pytest.fixture(scope="module")
 def finished_work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "work"
-    quiet(tiny_model("llama", torch.float32), calibration(), **HOW, work_dir=folder)
+    quiet(tiny_model("llama", torch.float32), TOKENS, **HOW, work_dir=folder)
     return folder
 
 
@@ -267,11 +268,11 @@ def test_another_model_is_refused(finished_work):
     with torch.no_grad():
         blocks_of(model)[1].mlp.up_proj.weight[3, 5] += 1e-6  # one weight
     with pytest.raises(ValueError, match="other settings: model was"):
-        quiet(model, calibration(), **HOW, work_dir=finished_work)
+        quiet(model, TOKENS, **HOW, work_dir=finished_work)
     pruned = tiny_model("llama", torch.float32)
-    quiet(pruned, calibration(), 0.5)
+    quiet(pruned, TOKENS, 0.5)
     with pytest.raises(ValueError, match="other settings: model was"):
-        quiet(pruned, calibration(), **HOW, work_dir=finished_work)
+        quiet(pruned, TOKENS, **HOW, work_dir=finished_work)
 
 
 def test_a_damaged_block_is_refused(finished_work):
@@ -282,7 +283,7 @@ def test_a_damaged_block_is_refused(finished_work):
     before = state_of(model)
     try:
         with pytest.raises(ValueError, match=r"block-00001\.safetensors is not the file that was written"):
-            quiet(model, calibration(), **HOW, work_dir=finished_work)
+            quiet(model, TOKENS, **HOW, work_dir=finished_work)
     finally:
         file.write_bytes(whole)
     assert_untouched(model, before)
@@ -291,13 +292,13 @@ def test_a_damaged_block_is_refused(finished_work):
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "thesis").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"work_dir: expected a folder, or nothing, at .*thesis, found a file"):
-        quiet(tiny_model("llama", torch.float32), calibration(), **HOW, work_dir=tmp_path / "thesis")
+        quiet(tiny_model("llama", torch.float32), TOKENS, **HOW, work_dir=tmp_path / "thesis")
     assert (tmp_path / "thesis").read_text() == "years of work"
 
 
 def test_settings_can_be_read_by_people(finished_work):
     settings = json.loads((finished_work / "settings.json").read_text())
-    assert settings["criterion"] == "exact_greedy(damp=0.01)"
+    assert (settings["criterion"], settings["remedy"], settings["damp"]) == ("exact greedy", "both, residual", 0.01)
     assert settings["processes"] == 1
 
 

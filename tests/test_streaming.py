@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_model, assert_same_report, assert_untouched, state_of
+from conftest import assert_same_model, assert_same_report, assert_untouched, calibration, quiet, state_of
 from tiny import VOCABULARY, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from greedy_helpers import (
+    FLAP,
     BlockStream,
     blocks_of,
     exact_greedy,
@@ -29,16 +30,12 @@ from greedy_helpers import (
     second_moment,
     set_weight,
 )
-from greedy_helpers.compare import RECOMMENDED, apply
-from greedy_helpers.large import resident
+from greedy_helpers.large.lazy import resident
 from greedy_helpers.moments import Moments
+from greedy_helpers.similarity import divergences_of
 
-quiet = partial(prune, progress=False)
+TOKENS = calibration(10, 20)
 FAMILIES = ("llama-gqa", "gpt2", "bloom", "falcon-rw", "gpt_neo", "gemma2", "stablelm", "olmo2")
-
-
-def calibration(n=10, seq=20, seed=5):
-    return torch.randint(0, VOCABULARY, (n, seq), generator=torch.Generator().manual_seed(seed))
 
 
 def on_disk(name, folder, dtype=torch.float32):
@@ -78,13 +75,13 @@ def test_no_block_runs_to_find_out_what_blocks_are_called_with(name):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore:.*stays whole")
 def test_blocks_on_the_disk_give_the_same_bits(name, tmp_path):
-    folder, tokens = on_disk(name, tmp_path / "dense"), calibration()
+    folder = on_disk(name, tmp_path / "dense")
     whole, _ = load_model(folder, "cpu")
     lazy, _ = load_model(folder, "cpu", lazy=True)
     assert all(parameter.is_meta for parameter in blocks_of(lazy).parameters())
-    how = {"ratio": 0.4, "refit": "both", "batch_size": 4}
-    expected = quiet(whole, tokens, **how)
-    found = quiet(lazy, tokens, **how, work_dir=tmp_path / "work")
+    how = {"ratio": 0.4, "remedy": "both", "batch_size": 4}
+    expected = quiet(whole, TOKENS, **how)
+    found = quiet(lazy, TOKENS, **how, work_dir=tmp_path / "work")
     assert_same_report(found, expected)
     assert all(parameter.is_meta for parameter in blocks_of(lazy).parameters())
     save_pruned(whole, tmp_path / "one")
@@ -94,13 +91,13 @@ def test_blocks_on_the_disk_give_the_same_bits(name, tmp_path):
 
 
 def test_half_precision_on_the_disk(tmp_path):
-    folder, tokens = on_disk("llama-gqa", tmp_path / "dense", torch.bfloat16), calibration()
+    folder = on_disk("llama-gqa", tmp_path / "dense", torch.bfloat16)
     whole, _ = load_model(folder, "cpu", "auto")
     lazy, _ = load_model(folder, "cpu", "auto", lazy=True)
     assert whole.dtype == lazy.dtype == torch.bfloat16
     reports = [
-        quiet(whole, tokens, 0.5, refit="both", target="residual", criterion=exact_greedy()),
-        quiet(lazy, tokens, 0.5, refit="both", target="residual", criterion=exact_greedy(), work_dir=tmp_path / "work"),
+        quiet(whole, TOKENS, 0.5, remedy="both, residual", criterion=exact_greedy),
+        quiet(lazy, TOKENS, 0.5, remedy="both, residual", criterion=exact_greedy, work_dir=tmp_path / "work"),
     ]
     assert_same_report(*reports)
     save_pruned(lazy, tmp_path / "pruned")
@@ -108,20 +105,20 @@ def test_half_precision_on_the_disk(tmp_path):
 
 
 def test_a_pruned_checkpoint_can_be_lazy_too(tmp_path):
-    whole, tokens = tiny_model("bloom", torch.float32), calibration()  # heads' alibi slices are a buffer
-    quiet(whole, tokens, 0.25, refit="bias")
+    whole = tiny_model("bloom", torch.float32)  # heads' alibi slices are a buffer
+    quiet(whole, TOKENS, 0.25, remedy="bias")
     save_pruned(whole, tmp_path / "once")
     lazy, _ = load_model(tmp_path / "once", "cpu", lazy=True)
-    quiet(lazy, tokens, 0.4, refit="bias", work_dir=tmp_path / "work")
-    quiet(whole, tokens, 0.4, refit="bias")
+    quiet(lazy, TOKENS, 0.4, remedy="bias", work_dir=tmp_path / "work")
+    quiet(whole, TOKENS, 0.4, remedy="bias")
     save_pruned(lazy, tmp_path / "twice", dtype=torch.float16)
     assert_same_model(load_pruned(tmp_path / "twice", dtype="auto")[0], whole.half())
 
 
 def test_scores_of_blocks_on_the_disk(tmp_path):
-    folder, tokens = on_disk("gpt2", tmp_path / "dense"), calibration()
-    expected = scores_of(load_model(folder, "cpu")[0], tokens)
-    found = scores_of(load_model(folder, "cpu", lazy=True)[0], tokens)
+    folder = on_disk("gpt2", tmp_path / "dense")
+    expected = scores_of(load_model(folder, "cpu")[0], TOKENS)
+    found = scores_of(load_model(folder, "cpu", lazy=True)[0], TOKENS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -136,19 +133,29 @@ def test_whatever_goes_wrong_the_blocks_are_on_the_disk_again(tmp_path):
         return second_moment(module, seen)
 
     with pytest.raises(ValueError, match="blocks are on the disk; expected a work_dir"):
-        quiet(lazy, calibration(), 0.5)
-    with pytest.raises(RuntimeError, match="stop here"):
-        quiet(lazy, calibration(), 0.5, criterion=breaks, work_dir=tmp_path / "work")
-    assert ({name: (p.shape, p.device) for name, p in lazy.named_parameters()}, dict(lazy.weights_on_disk)) == before
+        quiet(lazy, TOKENS, 0.5)
+    for visit, message in [
+        (lambda: quiet(lazy, TOKENS, 0.5, criterion=breaks, work_dir=tmp_path / "work"), "stop here"),
+        (lambda: scores_of(lazy, TOKENS, breaks), "stop here"),
+        (lambda: divergences_of(lazy, TOKENS), "expected attention maps, found none"),
+    ]:
+        with pytest.raises((RuntimeError, ValueError), match=message) as caught:
+            visit()
+        now = {name: (p.shape, p.device) for name, p in lazy.named_parameters()}, dict(lazy.weights_on_disk)
+        assert now == before
+        del caught  # until now it held the frames, and with them the walk
     with pytest.raises(ValueError, match="expected a model in memory"):
         export_plain(lazy, tmp_path / "plain")
 
 
-def test_recipes_that_try_and_choose_need_the_whole_model(tmp_path):
-    lazy, _ = load_model(on_disk("llama", tmp_path / "dense"), "cpu", lazy=True)
-    with pytest.raises(ValueError, match="trying recipes runs whole models, and this one's blocks are on the disk"):
-        apply(lazy, calibration(), 0.25, RECOMMENDED, work_dir=tmp_path / "work")
-    assert not (tmp_path / "work").exists()
+def test_plans_from_scores_of_the_whole_model_need_one_block_at_a_time(tmp_path):
+    """FLAP ranks the units of all blocks before the first is cut."""
+    folder = on_disk("llama", tmp_path / "dense")
+    whole, lazy = load_model(folder, "cpu")[0], load_model(folder, "cpu", lazy=True)[0]
+    reports = [prune(whole, TOKENS, 0.4, FLAP, progress=False)]
+    reports.append(prune(lazy, TOKENS, 0.4, FLAP, work_dir=tmp_path / "work", progress=False))
+    assert_same_report(*reports)
+    assert len({step.units_after for step in reports[0].steps if step.kind != "attention"}) > 1
 
 
 def test_bad_weights_on_the_disk_are_named(tmp_path):
@@ -158,7 +165,7 @@ def test_bad_weights_on_the_disk_are_named(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     lazy, _ = load_model(tmp_path / "dense", "cpu", lazy=True)
     with pytest.raises(FloatingPointError, match=r"layers\.1\.mlp\.up_proj\.weight: expected finite weights"):
-        quiet(lazy, calibration(), 0.5, work_dir=tmp_path / "work")
+        quiet(lazy, TOKENS, 0.5, work_dir=tmp_path / "work")
 
 
 def test_folders_that_cannot_be_read_lazily(tmp_path):
@@ -176,11 +183,11 @@ def test_placeholders_of_someone_else_are_refused():
     model = tiny_model("llama", torch.float32)
     blocks_of(model)[1].to("meta")
     with pytest.raises(RuntimeError, match=r"layers\.1\.\S+: expected a weight, found a placeholder"):
-        quiet(model, calibration(), 0.5)
+        quiet(model, TOKENS, 0.5)
     model = tiny_model("llama", torch.float32)
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1}
     with pytest.raises(ValueError, match="has spread the model over 0, 1; expected one place"):
-        quiet(model, calibration(), 0.5)
+        quiet(model, TOKENS, 0.5)
 
 
 @pytest.mark.parametrize("depths", [(4, 8, 16)])
@@ -204,7 +211,7 @@ def test_memory_grows_with_one_block_and_not_with_depth(depths, tmp_path):
                 seen.append(live_bytes())
             return second_moment(module, what)
 
-        quiet(lazy, calibration(16, 16), 0.25, refit="both", criterion=watching, work_dir=tmp_path / f"work{depth}")
+        quiet(lazy, calibration(16, 16), 0.25, remedy="both", criterion=watching, work_dir=tmp_path / f"work{depth}")
         peaks.append(max(seen) - before)
     per_block = [(b - a) / (m - n) for a, b, n, m in zip(peaks, peaks[1:], depths, depths[1:], strict=False)]
     assert max(per_block) < 0.02 * one_block, per_block  # a step's scores and kept units
@@ -263,10 +270,10 @@ def runs_out(times, above):
 
 def test_out_of_memory_becomes_a_smaller_batch():
     tokens, expected = calibration(11), tiny_model("llama")
-    report = quiet(expected, tokens, 0.5, refit="both", target="residual", batch_size=8)
+    report = quiet(expected, tokens, 0.5, remedy="both, residual", batch_size=8)
     model = tiny_model("llama")
     with pytest.warns(UserWarning, match="out of memory .*; going on with . windows per batch") as caught:
-        found = quiet(model, tokens, 0.5, refit="both", target="residual", batch_size=8, criterion=runs_out(9, above=2))
+        found = quiet(model, tokens, 0.5, remedy="both, residual", batch_size=8, criterion=runs_out(9, above=2))
     assert [str(w.message).split("with ")[-1] for w in caught if "out of memory" in str(w.message)] == [
         "4 windows per batch",
         "2 windows per batch",
@@ -308,7 +315,7 @@ def test_moments_in_single_precision_come_close():
             seen.append((what.level1.xx.dtype, what.level2.xy.dtype, what.level2.select(torch.tensor([0])).dtype))
             return second_moment(module, what)
 
-        reports.append(quiet(models[-1], tokens, 0.5, refit="both", precision=precision, criterion=watching))
+        reports.append(quiet(models[-1], tokens, 0.5, remedy="both", precision=precision, criterion=watching))
         assert {dtype for dtypes in seen for dtype in dtypes} == {precision}
     for a, b in zip(*(report.steps for report in reports), strict=True):
         assert a.error == pytest.approx(b.error, rel=1e-3)
@@ -319,8 +326,8 @@ def test_moments_in_single_precision_come_close():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_pruned_model_runs_offloaded(name, tmp_path):
-    model, tokens = tiny_model(name, torch.float32), calibration()
-    quiet(model, tokens, 0.5, refit="both", criterion=partial(flap, metric="WIFN"))
+    model = tiny_model(name, torch.float32)
+    quiet(model, TOKENS, 0.5, remedy="both", criterion=partial(flap, metric="WIFN"))
     tokenizer = load_model("llama-mini")[1]
     save_pruned(model, tmp_path / "pruned", tokenizer)
     embeddings = "model.embed_tokens" if name == "llama" else "transformer.wte"
@@ -332,13 +339,13 @@ def test_a_pruned_model_runs_offloaded(name, tmp_path):
         offloaded = [parameter.is_meta for parameter in blocks_of(spread).parameters()]
         assert any(offloaded) == ("max_memory" in placement)
         with torch.no_grad():
-            assert torch.equal(spread(tokens).logits, model(tokens).logits)
+            assert torch.equal(spread(TOKENS).logits, model(TOKENS).logits)
         assert spread.get_submodule(embeddings) is spread.get_input_embeddings()
-        assert perplexity(spread, tokens) == perplexity(model, tokens)
+        assert perplexity(spread, TOKENS) == perplexity(model, TOKENS)
         greedy = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
-        assert torch.equal(spread.generate(tokens[:1], **greedy), model.generate(tokens[:1], **greedy))
+        assert torch.equal(spread.generate(TOKENS[:1], **greedy), model.generate(TOKENS[:1], **greedy))
     with pytest.raises(RuntimeError, match="expected a weight, found a placeholder"):
-        quiet(spread, tokens, 0.5)  # to be run, not to be pruned
+        quiet(spread, TOKENS, 0.5)  # to be run, not to be pruned
     with pytest.raises(ValueError, match="expected one of device, device_map and lazy"):
         load_model(tmp_path / "pruned", "cpu", device_map="auto")
 

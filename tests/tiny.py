@@ -61,9 +61,9 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 ENCODERS = ("bert",)
 
 
-def tiny_config(name: str):
+def tiny_config(name: str, **sizes):
     prefix, values = CONFIGS[name]
-    return getattr(transformers, f"{prefix}Config")(**values)
+    return getattr(transformers, f"{prefix}Config")(**values | sizes)
 
 
 def model_class(name: str) -> type:
@@ -72,10 +72,10 @@ def model_class(name: str) -> type:
     return getattr(transformers, prefix if hasattr(transformers, prefix) else f"{prefix}ForCausalLM")
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float64, attention: str | None = None):
-    """In eval mode, with random biases and norms too."""
+def tiny_model(name: str, dtype: torch.dtype = torch.float64, attention: str | None = None, **sizes):
+    """In eval mode, with random biases and norms too; `sizes` are entries of the config."""
     torch.manual_seed(0)
-    config = tiny_config(name)
+    config = tiny_config(name, **sizes)
     if attention is not None:
         config._attn_implementation = attention
     model = model_class(name)(config)
