@@ -28,8 +28,8 @@ def criteria() -> None:
     """Notebook 04: criteria without remedies at three ratios; random three times."""
     settings, ratios, out = Settings(evaluation=32), (0.1, 0.25, 0.5), RESULTS / "criteria.json"
     names = [name for name in (*CRITERIA, *PREPARED) if "greedy" not in name]  # those presume a refit
-    sweep(out, MODELS, [Recipe(name) for name in names], ratios, settings=settings)
-    sweep(out, MODELS, [Recipe("random")], ratios, seeds=SEEDS, settings=settings)
+    sweep(out, MODELS, [Recipe(name, "none") for name in names], ratios, settings=settings)
+    sweep(out, MODELS, [Recipe("random", "none")], ratios, seeds=SEEDS, settings=settings)
 
 
 def recovery() -> None:
@@ -80,7 +80,7 @@ def comparison(models: Sequence[str] = MODELS) -> None:
 def choices(models: Sequence[str] = MODELS) -> None:
     """Notebook 08: multiple choice beside perplexity for the main recipes, three calibration sets."""
     settings = Settings(calibration=16, evaluation=16, source="code+prose")
-    recipes = [Recipe("random"), Recipe("second moment"), PAPER, FLAP, RECOMMENDED]
+    recipes = [Recipe("random", "none"), Recipe("second moment", "none"), PAPER, FLAP, RECOMMENDED]
     for seed in SEEDS:  # about fifteen minutes per model on one core
         for model in models:
             out = RESULTS / f"choices_{model}.json"
