@@ -134,8 +134,9 @@ def reference_index(names: list[str]) -> str:
         first = re.match(r'"""(.+?)(?:\n|""")', path_of(name).read_text(encoding="utf-8"))[1].strip()
         first_lines.append(f"| [{name}]({name}.md) | {first.replace('|', chr(92) + '|')} |")
     return (
-        "# The package\n\n`import greedy_helpers as gh` has the names that are needed most; the others are imported from "
-        "their modules. Shapes are written `[tokens, d]`; units and errors are in every docstring.\n\n| module | |\n|---|---|\n"
+        "# The package\n\n`import greedy_helpers as gh` has the names that are needed most; the others are imported "
+        "from their modules. Shapes are written `[tokens, d]`; units and errors are in every docstring.\n\n"
+        "| module | |\n|---|---|\n"
         + "\n".join(first_lines)
         + "\n"
     )
