@@ -136,9 +136,7 @@ def reference_index(names: list[str]) -> str:
     return (
         "# The package\n\n`import greedy_helpers as gh` has the names that are needed most; the others are imported "
         "from their modules. Shapes are written `[tokens, d]`; units and errors are in every docstring.\n\n"
-        "| module | |\n|---|---|\n"
-        + "\n".join(first_lines)
-        + "\n"
+        "| module | |\n|---|---|\n" + "\n".join(first_lines) + "\n"
     )
 
 
