@@ -14,7 +14,7 @@ import time
 import torch
 from common import machine, results_file, save
 
-from greedy_helpers import eliminate
+from greedy_helpers.greedy import eliminate
 
 
 def problem(channels: int, outputs: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@
     python benchmarks/latency.py --device cuda --dtype float16 --batches 1 8 64
 
 The models are gpt2-mini and a random LLaMA of width 1,024. Speed depends on shapes alone, so units are cut without
-scoring them. All variants of a model take turns in one process (see greedy_helpers.cost_table); writes
+scoring them. All variants of a model take turns in one process (see greedy_helpers.cost.cost_table); writes
 data/results/latency_DEVICE.json with the load of the machine before and after. Two variants of the wide model lose 30%
 of the blocks' parameters, one of them with FFN widths on multiples of 64.
 """
@@ -21,6 +21,7 @@ from common import load_average, machine, results_file, save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import greedy_helpers as gh
+from greedy_helpers.cost import cost_table
 
 CLOCKS = {"wall": time.perf_counter, "work": time.process_time}
 
@@ -88,7 +89,7 @@ def main() -> None:
         for batch in args.batches:
             tokens = gh.random_tokens(models["dense"], batch, args.seq)
             how = {"new_tokens": args.new_tokens, "repeats": args.repeats, "clock": CLOCKS[args.clock]}
-            table = gh.cost_table(models, tokens, **how)
+            table = cost_table(models, tokens, **how)
             print(
                 f"\n{name}, batch {batch}\n{table.filter(regex='speedup|macs_ratio').round(3).to_string()}", flush=True
             )

@@ -8,7 +8,7 @@
 Random models of LLaMA's shape: one block of growing width, and width 256 with growing depth. Each row is one stage on
 one model; the fits say how a stage grows: the exponent of a power law, and for the depth also a straight line with its
 R^2. On the CPU they are made on the processor's seconds, in which other jobs on the machine hardly show; on CUDA on the
-clock's. Memory is the peak above what is there before the stage begins (see greedy_helpers.peak_memory).
+clock's. Memory is the peak above what is there before the stage begins (see greedy_helpers.cost.peak_memory).
 
 Before anything is measured, every naive twin has to give what the package gives.
 """
@@ -23,7 +23,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -32,13 +31,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import greedy_helpers as gh
+from greedy_helpers.cost import peak_memory
+from greedy_helpers.criteria import Criterion
+from greedy_helpers.measure import ModulePasses
+from greedy_helpers.similarity import divergences_of
+from greedy_helpers.structure import ChannelGroup, Depth2Module
 
 WINDOWS, SEQ, BATCH = 8, 256, 2
 RATIO = 0.25
 WIDTHS, DEPTHS, FIXED_WIDTH = [256, 512, 1024, 2048], [2, 4, 8, 16], 256
 QUICK = {"widths": [64, 128], "depths": [1, 2]}
 
-Moments = list[tuple[gh.Depth2Module, gh.Seen]]
 Stage = Callable[[PreTrainedModel, Tensor], Callable[[], object]]  # sets up, and returns what is measured
 
 
@@ -61,22 +64,22 @@ def eager(model: PreTrainedModel) -> PreTrainedModel:
 
 def stream(model: PreTrainedModel, tokens: Tensor) -> None:
     states = gh.BlockStream(model, tokens, BATCH)
-    for index, block in enumerate(gh.blocks_of(model)):
-        states.advance(block, index)
+    for block in gh.blocks_of(model):
+        states.advance(block)
 
 
-def moments(model: PreTrainedModel, tokens: Tensor) -> Iterator[tuple[gh.Depth2Module, gh.Seen]]:
+def moments(model: PreTrainedModel, tokens: Tensor) -> Iterator[tuple[Depth2Module, gh.Seen]]:
     """Second moments of what both levels of every module read, one module at a time."""
     states = gh.BlockStream(model, tokens, BATCH)
-    for index, block in enumerate(gh.blocks_of(model)):
-        for module in gh.depth2_modules(model, [index]):
+    for block in gh.blocks_of(model):
+        for module in gh.depth2_modules(model, [states.position]):
             n_keep = module.n_units - int(RATIO * module.n_units)
-            found = gh.module_moments(states, block, module, repeat(None), repeat(None))
-            yield module, gh.Seen(*found, n_keep=n_keep)
-        states.advance(block, index)
+            passes = ModulePasses(states, block, module, target="dense")  # and no record of it: no targets
+            yield module, gh.Seen(*passes.moments(1, 2), n_keep=n_keep)
+        states.advance(block)
 
 
-def score(criterion: gh.Criterion) -> Stage:
+def score(criterion: Criterion) -> Stage:
     def setup(model: PreTrainedModel, tokens: Tensor) -> Callable[[], object]:
         known = list(moments(model, tokens))
         return lambda: [criterion(module, seen) for module, seen in known]
@@ -84,10 +87,10 @@ def score(criterion: gh.Criterion) -> Stage:
     return setup
 
 
-def whole_prune(refit: str | None) -> Stage:
+def whole_prune(remedy: str) -> Stage:
     def setup(model: PreTrainedModel, tokens: Tensor) -> Callable[[], object]:
-        victim = copy.deepcopy(model)
-        return lambda: gh.prune(victim, tokens, RATIO, refit=refit, batch_size=BATCH, progress=False)
+        victim, recipe = copy.deepcopy(model), gh.Recipe("second moment", remedy)
+        return lambda: gh.prune(victim, tokens, RATIO, recipe, batch_size=BATCH, progress=False)
 
     return setup
 
@@ -103,7 +106,7 @@ def stored_maps(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     return {m.name: gh.head_divergence([maps[m.block] for maps in batches]) for m in modules}
 
 
-def watched_linears(module: gh.Depth2Module) -> list[gh.ChannelGroup]:
+def watched_linears(module: Depth2Module) -> list[ChannelGroup]:
     return [next(iter(module.level1.values())), module.level2]
 
 
@@ -156,9 +159,9 @@ STAGES: dict[str, Stage] = {
     "stream": lambda model, tokens: lambda: stream(model, tokens),
     "stream + moments": lambda model, tokens: lambda: drain(moments(model, tokens)),
     "score (second moment)": score(gh.second_moment),
-    "score (exact greedy)": score(gh.exact_greedy()),
-    "similarity": lambda model, tokens: lambda: gh.divergences_of(eager(model), tokens, batch_size=BATCH),
-    "prune, no refit": whole_prune(None),
+    "score (exact greedy)": score(gh.exact_greedy),
+    "similarity": lambda model, tokens: lambda: divergences_of(eager(model), tokens, batch_size=BATCH),
+    "prune, no refit": whole_prune("none"),
     "prune, refit post": whole_prune("post"),
     "prune, refit both": whole_prune("both"),
     "naive similarity: all maps stored": lambda model, tokens: lambda: stored_maps(model, tokens),
@@ -171,7 +174,7 @@ def check_the_twins(device: str) -> None:
     """Naive and streamed agree, and everything has run once: no first-call costs in the measurements."""
     model = random_model(64 * 2, 2, device)
     tokens = gh.random_tokens(model, WINDOWS, SEQ)
-    for name, divergence in gh.divergences_of(eager(model), tokens, batch_size=BATCH).items():
+    for name, divergence in divergences_of(eager(model), tokens, batch_size=BATCH).items():
         torch.testing.assert_close(divergence, stored_maps(model, tokens)[name].cpu(), rtol=1e-4, atol=1e-6)
     model = random_model(64 * 2, 2, device)
     for (_, seen), *twins in zip(
@@ -190,7 +193,7 @@ def measure(stage: Stage, width: int, blocks: int, device: str) -> dict[str, flo
     while len(seconds) < (3 if sum(cpu_seconds[:1]) < 0.5 else 1):
         model = random_model(width, blocks, device)
         run = stage(model, gh.random_tokens(model, WINDOWS, SEQ))
-        with gh.peak_memory(device) as memory:
+        with peak_memory(device) as memory:
             wall, cpu = time.perf_counter(), time.process_time()
             run()
             if device.startswith("cuda"):
@@ -244,6 +247,7 @@ def main() -> None:
     began = time.monotonic()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", "(?s).*determined by the damping")  # the work is the same
+    warnings.filterwarnings("ignore", ".*less than one")  # of the one head of a narrow model
     widths, depths = (QUICK["widths"], QUICK["depths"]) if args.quick else (args.widths, args.depths)
 
     out = results_file("stages", args.device)

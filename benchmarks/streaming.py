@@ -4,7 +4,7 @@
 
 Random models of LLaMA's shape, saved as safetensors. Each run is a process of its own, so that nothing an earlier one
 left behind counts; what is measured is the rise of its resident memory from before the model is loaded to the peak of
-pruning (see greedy_helpers.peak_memory).
+pruning (see greedy_helpers.cost.peak_memory).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import greedy_helpers as gh
 from greedy_helpers.cost import peak_memory
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 512}
+RECIPE = gh.Recipe("second moment", "both")
 
 
 def one_run(folder: Path, lazy: bool) -> None:
@@ -34,7 +35,7 @@ def one_run(folder: Path, lazy: bool) -> None:
     def run(place: Path) -> None:
         with tempfile.TemporaryDirectory() as work:
             model, _ = gh.load_model(place, "cpu", lazy=lazy)
-            gh.prune(model, tokens, 0.25, refit="both", work_dir=work if lazy else None, progress=False)
+            gh.prune(model, tokens, 0.25, RECIPE, work_dir=work if lazy else None, progress=False)
 
     with tempfile.TemporaryDirectory() as tiny:  # the first run brings libraries into memory: not the model's
         LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 64}, num_hidden_layers=1)).save_pretrained(tiny)

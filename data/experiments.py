@@ -15,8 +15,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from greedy_helpers.compare import CRITERIA, FLAP, PAPER, RECOMMENDED, Recipe, Settings, sweep
+from greedy_helpers.compare import Settings, sweep
 from greedy_helpers.course.choices import choice_judge
+from greedy_helpers.recipes import CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("llama-mini", "gpt2-mini")
@@ -26,20 +27,20 @@ SEEDS = (0, 1, 2)
 def criteria() -> None:
     """Notebook 04: criteria without remedies at three ratios; random three times."""
     settings, ratios, out = Settings(evaluation=32), (0.1, 0.25, 0.5), RESULTS / "criteria.json"
-    names = [name for name in CRITERIA if name != "exact greedy"]
-    sweep(out, MODELS, [Recipe(name) for name in names], ratios, settings=settings)
-    sweep(out, MODELS, [Recipe("random")], ratios, seeds=SEEDS, settings=settings)
+    names = [name for name in (*CRITERIA, *PREPARED) if "greedy" not in name]  # those presume a refit
+    sweep(out, MODELS, [Recipe(name, "none") for name in names], ratios, settings=settings)
+    sweep(out, MODELS, [Recipe("random", "none")], ratios, seeds=SEEDS, settings=settings)
 
 
 def recovery() -> None:
     """Notebook 09: recipes at 25 and 50%, calibration sets that hold both kinds of text."""
     settings = Settings(evaluation=24, source="code+prose")
     recipes = [
-        *(Recipe("second moment", remedy) for remedy in ("none", "two-step (paper)", "recommended")),
+        *(Recipe("second moment", remedy) for remedy in ("none", "pre", "both, residual")),
         FLAP,
-        Recipe("FLAP WIFV", "bias (FLAP)"),
-        *(Recipe(name, "recommended") for name in ("Wanda-sp", "output energy", "exact greedy")),
-        Recipe("energy heads, greedy FFN", "recommended"),
+        Recipe("FLAP WIFV", "bias"),
+        OSSCAR,
+        *(Recipe(name) for name in ("Wanda-sp", "output energy", "energy heads, greedy FFN")),
         RECOMMENDED,
     ]
     for seed in SEEDS:  # hours on two cores: stop it where you like
@@ -50,16 +51,16 @@ def grid() -> None:
     """Calibrated on code alone, at 25 and 50%: main recipes with three calibration sets; criteria times remedies."""
     settings, out = Settings(evaluation=32), RESULTS / "recovery_code.json"
     main = [
-        *(Recipe("second moment", remedy) for remedy in ("none", "two-step (paper)", "both", "recommended")),
+        *(Recipe("second moment", remedy) for remedy in ("none", "pre", "both", "both, residual")),
         FLAP,
-        Recipe("FLAP WIFV", "none", "adaptive"),
-        Recipe("FLAP WIFV", "bias (FLAP)"),
-        *(Recipe(name, "recommended") for name in ("output energy", "exact greedy", "energy heads, greedy FFN")),
+        Recipe("FLAP WIFV", "none", allocation="adaptive"),
+        Recipe("FLAP WIFV", "bias"),
+        *(Recipe(name) for name in ("output energy", "energy heads, greedy FFN")),
         RECOMMENDED,
-        Recipe("exact greedy", "recommended", "cost"),
+        Recipe(allocation="cost"),
     ]
     criteria = ("random", "L2", "Wanda-sp", "FLAP WIFV", "Taylor mix", "second moment", "output energy", "exact greedy")
-    remedies = ("none", "bias (FLAP)", "two-step (paper)", "recommended")
+    remedies = ("none", "bias", "pre", "both, residual")
     sweep(out, MODELS, main, (0.25, 0.5), seeds=SEEDS, settings=settings)
     everything = [Recipe(criterion, remedy) for criterion in criteria for remedy in remedies]
     sweep(out, MODELS, everything, (0.25, 0.5), settings=settings)  # hours on two cores
@@ -69,8 +70,8 @@ def comparison(models: Sequence[str] = MODELS) -> None:
     """Notebook 08: criteria times remedies at 20, 25 and 50%, three calibration sets of both kinds of text."""
     settings = Settings(calibration=16, evaluation=16, source="code+prose")
     criteria = "random|L2|Wanda-sp|FLAP WIFV|Taylor mix|second moment|output energy|exact greedy".split("|")
-    remedies = ("none", "bias (FLAP)", "two-step (paper)", "recommended")
-    recipes = [FLAP, RECOMMENDED, *(Recipe(criterion, remedy) for criterion in criteria for remedy in remedies)]
+    remedies = ("none", "bias", "pre", "both, residual")
+    recipes = [FLAP, *(Recipe(criterion, remedy) for criterion in criteria for remedy in remedies)]
     for seed in SEEDS:  # about two hours per model on one core
         for model in models:
             sweep(RESULTS / f"comparison_{model}.json", [model], recipes, (0.25, 0.5, 0.2), (seed,), settings)
@@ -79,7 +80,7 @@ def comparison(models: Sequence[str] = MODELS) -> None:
 def choices(models: Sequence[str] = MODELS) -> None:
     """Notebook 08: multiple choice beside perplexity for the main recipes, three calibration sets."""
     settings = Settings(calibration=16, evaluation=16, source="code+prose")
-    recipes = [Recipe("random"), Recipe("second moment"), PAPER, FLAP, RECOMMENDED]
+    recipes = [Recipe("random", "none"), Recipe("second moment", "none"), PAPER, FLAP, RECOMMENDED]
     for seed in SEEDS:  # about fifteen minutes per model on one core
         for model in models:
             out = RESULTS / f"choices_{model}.json"

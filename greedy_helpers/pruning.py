@@ -136,8 +136,8 @@ def prune(
         calibration: long [n, seq], packed and never padded.
         ratio: share of units to remove, in [0, 1). The recipe's allocation says what that means for a module; with the
             default each loses floor(ratio * units).
-        recipe: which units go and how the rest is repaired: :data:`~greedy_helpers.recipes.RECOMMENDED`, the strongest
-            that we have measured, `PAPER`, `FLAP`, `OSSCAR`, or a :class:`~greedy_helpers.recipes.Recipe` of your own.
+        recipe: which units go and how the rest is repaired: :data:`~greedy_helpers.recipes.RECOMMENDED`, `PAPER`,
+            `FLAP`, `OSSCAR`, or a :class:`~greedy_helpers.recipes.Recipe` of your own.
         plan: in the place of a ratio: module name -> units to keep, as the functions in `allocation.py` make it.
             Modules it does not name stay whole.
         blocks: the blocks to prune (default: all). The paper leaves LLaMA's first four and last two alone.

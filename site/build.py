@@ -39,13 +39,13 @@ def modules() -> list[str]:
     package = ROOT / "greedy_helpers"
     found = {path.stem for path in package.glob("*.py") if not path.stem.startswith("_")}
     named = re.findall(r"^from \.(\w+) import", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
-    return [*(name for name in named if name in found), *sorted(found - set(named)), *course_modules()]
+    return [*(name for name in named if name in found), *sorted(found - set(named)), *nested_modules()]
 
 
-def course_modules() -> dict[str, Path]:
-    """What only the notebooks use: name -> its file."""
-    course = ROOT / "greedy_helpers" / "course"
-    paths = [*course.glob("[a-z]*.py"), *course.glob("*/__init__.py")]
+def nested_modules() -> dict[str, Path]:
+    """Modules in the folders of the package, large/ and course/: name -> its file."""
+    package = ROOT / "greedy_helpers"
+    paths = [*package.glob("*/[a-z]*.py"), *package.glob("*/*/__init__.py")]
     return dict(sorted((path.parent.name if path.stem == "__init__" else path.stem, path) for path in paths))
 
 
@@ -120,21 +120,23 @@ def editions() -> list[Path]:
 
 def reference(name: str) -> str:
     options = "   :members:\n" + "   :imported-members:\n" * (name == "exercises")  # it only collects its files' names
-    module = f"greedy_helpers.course.{name}" if name in course_modules() else f"greedy_helpers.{name}"
+    module = ".".join(path_of(name).relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     return f"# {name}\n\n```{{eval-rst}}\n.. automodule:: {module}\n{options}```\n"
+
+
+def path_of(name: str) -> Path:
+    return nested_modules().get(name, ROOT / "greedy_helpers" / f"{name}.py")
 
 
 def reference_index(names: list[str]) -> str:
     first_lines = []
     for name in names:
-        path = course_modules().get(name, ROOT / "greedy_helpers" / f"{name}.py")
-        first = re.match(r'"""(.+?)(?:\n|""")', path.read_text(encoding="utf-8"))[1].strip()
+        first = re.match(r'"""(.+?)(?:\n|""")', path_of(name).read_text(encoding="utf-8"))[1].strip()
         first_lines.append(f"| [{name}]({name}.md) | {first.replace('|', chr(92) + '|')} |")
     return (
-        "# The package\n\n`import greedy_helpers as gh` has the functions and classes of most modules under one name. "
-        "Shapes are written `[tokens, d]`; units and errors are in every docstring.\n\n| module | |\n|---|---|\n"
-        + "\n".join(first_lines)
-        + "\n"
+        "# The package\n\n`import greedy_helpers as gh` has the names that are needed most; the others are imported "
+        "from their modules. Shapes are written `[tokens, d]`; units and errors are in every docstring.\n\n"
+        "| module | |\n|---|---|\n" + "\n".join(first_lines) + "\n"
     )
 
 

@@ -40,7 +40,9 @@ def test_contents_follow_the_notebooks_that_exist(build):
     ]
     assert build.notebooks() == sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     assert {path.stem for path in (ROOT / "greedy_helpers").glob("[a-z]*.py")} < set(build.modules())
-    assert {"exercises", "plots", "widgets"} <= set(build.course_modules()) < set(build.modules())
+    assert {"exercises", "plots", "widgets", "distributed"} <= set(build.nested_modules()) < set(build.modules())
+    assert "automodule:: greedy_helpers.large.resume\n" in build.reference("resume")
+    assert "automodule:: greedy_helpers.course.exercises\n" in build.reference("exercises")
 
 
 def test_all_sources_of_the_book_are_there(build, tmp_path):
