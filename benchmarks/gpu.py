@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import greedy_helpers as gh
 from greedy_helpers import pruning, remedies
 from greedy_helpers.allocation import middle_blocks
-from greedy_helpers.cost import peak_memory
+from greedy_helpers.course.cost import peak_memory
 from greedy_helpers.criteria import Criterion
 from greedy_helpers.large.lazy import entries, same_kind
 from greedy_helpers.measure import ModulePasses

@@ -4,7 +4,7 @@
     python benchmarks/latency.py --device cuda --dtype float16 --batches 1 8 64
 
 The models are gpt2-mini and a random LLaMA of width 1,024. Speed depends on shapes alone, so units are cut without
-scoring them. All variants of a model take turns in one process (see greedy_helpers.cost.cost_table); writes
+scoring them. All variants of a model take turns in one process (see greedy_helpers.course.cost.cost_table); writes
 data/results/latency_DEVICE.json with the load of the machine before and after. Two variants of the wide model lose 30%
 of the blocks' parameters, one of them with FFN widths on multiples of 64.
 """
@@ -21,7 +21,7 @@ from common import load_average, machine, results_file, save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import greedy_helpers as gh
-from greedy_helpers.cost import cost_table
+from greedy_helpers.course.cost import cost_table
 
 CLOCKS = {"wall": time.perf_counter, "work": time.process_time}
 

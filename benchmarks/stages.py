@@ -8,7 +8,7 @@
 Random models of LLaMA's shape: one block of growing width, and width 256 with growing depth. Each row is one stage on
 one model; the fits say how a stage grows: the exponent of a power law, and for the depth also a straight line with its
 R^2. On the CPU they are made on the processor's seconds, in which other jobs on the machine hardly show; on CUDA on the
-clock's. Memory is the peak above what is there before the stage begins (see greedy_helpers.cost.peak_memory).
+clock's. Memory is the peak above what is there before the stage begins (see greedy_helpers.course.cost.peak_memory).
 
 Before anything is measured, every naive twin has to give what the package gives.
 """
@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import greedy_helpers as gh
-from greedy_helpers.cost import peak_memory
+from greedy_helpers.course.cost import peak_memory
 from greedy_helpers.criteria import Criterion
 from greedy_helpers.measure import ModulePasses
 from greedy_helpers.similarity import divergences_of

@@ -4,7 +4,7 @@
 
 Random models of LLaMA's shape, saved as safetensors. Each run is a process of its own, so that nothing an earlier one
 left behind counts; what is measured is the rise of its resident memory from before the model is loaded to the peak of
-pruning (see greedy_helpers.cost.peak_memory).
+pruning (see greedy_helpers.course.cost.peak_memory).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common import machine, results_file, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import greedy_helpers as gh
-from greedy_helpers.cost import peak_memory
+from greedy_helpers.course.cost import peak_memory
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 512}
 RECIPE = gh.Recipe("second moment", "both")

@@ -38,11 +38,15 @@ RECIPES = ("paper", "strongest")
 
 
 def one_run(sizes: dict, recipe: str, out: str) -> None:
-    """Prunes once with the package that PYTHONPATH names; seconds, bytes and kept units go to stdout, weights to `out`."""
+    """Prunes once with the package on PYTHONPATH; seconds, bytes and kept units go to stdout, weights to `out`."""
     import time
 
     import greedy_helpers as gh
-    from greedy_helpers.cost import peak_memory
+
+    try:
+        from greedy_helpers.course.cost import peak_memory
+    except ImportError:  # the first edition
+        from greedy_helpers.cost import peak_memory
 
     warnings.simplefilter("ignore")
     sizes = dict(sizes)

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from .checkpoint import MANIFEST, load_model, save_pruned
 from .compare import Settings, frame, recipe_of, sweep
 from .course.choices import choice_tasks
+from .course.multiple_choice import multiple_choice
 from .data import calibration_tokens, default_sources, self_generated_tokens
 from .evaluate import evaluate_text, generate_text, read_text
 from .large import distributed
@@ -26,7 +27,7 @@ from .pruning import prune as prune_model
 from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
 from .remedies import REMEDIES
 from .structure import count_parameters
-from .tasks import multiple_choice, zero_shot
+from .tasks import zero_shot
 
 _EXAMPLES = """\b
 examples:

@@ -9,8 +9,8 @@ import pytest
 from greedy_helpers import load_model
 from greedy_helpers.checkpoint import load_tokenizer
 from greedy_helpers.course.choices import choice_judge, choice_tasks, continuation_items, identifier_items
+from greedy_helpers.course.multiple_choice import multiple_choice
 from greedy_helpers.data import documents
-from greedy_helpers.tasks import multiple_choice
 
 SOURCES = {"code": "code", "prose": "prose"}
 

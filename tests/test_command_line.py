@@ -26,8 +26,8 @@ from greedy_helpers import (
 )
 from greedy_helpers.__main__ import _recipe, main, parse
 from greedy_helpers.course.choices import continuation_items
+from greedy_helpers.course.multiple_choice import multiple_choice
 from greedy_helpers.data import evaluation_tokens
-from greedy_helpers.tasks import multiple_choice
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 FEW = ["--calibration", "4", "--seq", "64"]

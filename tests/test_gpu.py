@@ -7,7 +7,7 @@ import torch
 from tiny import VOCABULARY, tiny_model
 
 import greedy_helpers as gh
-from greedy_helpers.cost import peak_memory
+from greedy_helpers.course.cost import peak_memory
 from greedy_helpers.similarity import divergences_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

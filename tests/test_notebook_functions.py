@@ -17,10 +17,10 @@ import tiny
 import torch
 
 import greedy_helpers as gh
-from greedy_helpers.cost import count_macs
 from greedy_helpers.course import graphs
+from greedy_helpers.course.cost import count_macs
+from greedy_helpers.course.multiple_choice import paired_accuracy
 from greedy_helpers.evaluate import TextScore
-from greedy_helpers.tasks import paired_accuracy
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 

@@ -164,7 +164,7 @@ def peak_rise(call):
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from greedy_helpers import BlockStream, blocks_of, depth2_modules
-from greedy_helpers.cost import peak_memory
+from greedy_helpers.course.cost import peak_memory
 from greedy_helpers.similarity import divergences_of
 config = GPT2Config(vocab_size=96, n_embd=96, n_layer=1, n_head=12, n_positions=1024, attn_implementation="eager")
 model = GPT2LMHeadModel(config).eval()

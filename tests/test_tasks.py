@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 from greedy_helpers import depth2_modules, load_model, remove_units
 from greedy_helpers.checkpoint import load_tokenizer
 from greedy_helpers.course.choices import choice_tasks
-from greedy_helpers.tasks import PAPER_TASKS, ChoiceScores, MultipleChoice, multiple_choice, paired_accuracy, zero_shot
+from greedy_helpers.course.multiple_choice import ChoiceScores, MultipleChoice, multiple_choice, paired_accuracy
+from greedy_helpers.tasks import PAPER_TASKS, zero_shot
 
 IMPORT = MultipleChoice("import", (" os", " zebra"), 0)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .data import forward_cached
-from .files import disk_bytes
-from .structure import blocks_of, check_tokens, count_parameters, depth2_modules, eval_mode, linears_of
+from ..data import forward_cached
+from ..files import disk_bytes
+from ..structure import blocks_of, check_tokens, count_parameters, depth2_modules, eval_mode, linears_of
 
 T = TypeVar("T")
 _PEAK_RESET = Path("/proc/self/clear_refs")  # man 5 proc
