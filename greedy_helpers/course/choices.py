@@ -50,7 +50,7 @@ def choice_judge(n: int = 150, seed: int = 0) -> Callable[[str], Callable[[PreTr
     Returns:
         model name -> (model -> {task: accuracy in [0, 1]}), the tasks being :func:`choice_tasks` of the model's
         :func:`~greedy_helpers.data.default_sources`, the accuracy
-        :attr:`~greedy_helpers.course.multiple_choice.ChoiceScores.acc_norm`. Items are built and the tokenizer is loaded once per name.
+        `acc_norm`. Items are built and the tokenizer is loaded once per name.
     """
 
     def of_model(name: str) -> Callable[[PreTrainedModel], dict[str, float]]:

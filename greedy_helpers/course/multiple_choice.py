@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..structure import check_tokens
 
+_COLUMNS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
 
 @dataclass(frozen=True)
 class MultipleChoice:
