@@ -151,7 +151,7 @@ def test_refusals(arguments, code, message, tmp_path, monkeypatch, capsys):
 
 def test_the_readmes_commands_are_understood():
     lines = re.findall(r"^python -m greedy_helpers (.*?)(?: {2,}#.*)?$", README.read_text(), re.MULTILINE)
-    assert [parse(shlex.split(line))[0] for line in lines] == ["prune", "evaluate", "compare", "generate"]
+    assert [parse(shlex.split(line))[0] for line in lines] == ["prune", "prune", "evaluate", "compare", "generate"]
     name, options = parse(["compare", "a", "b", "--criteria", "L1", "--criteria", "L2", "--out", "x.json"])
     assert (name, list(options["models"]), list(options["criteria"])) == ("compare", ["a", "b"], ["L1", "L2"])
     assert list(options["remedies"]) == ["none", "both, residual"]

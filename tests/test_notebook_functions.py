@@ -17,17 +17,24 @@ import tiny
 import torch
 
 import greedy_helpers as gh
+from greedy_helpers.allocation import n_removed
 from greedy_helpers.course import graphs
 from greedy_helpers.course.cost import count_macs
 from greedy_helpers.course.multiple_choice import paired_accuracy
 from greedy_helpers.evaluate import TextScore
+from greedy_helpers.greedy import eliminate
+from greedy_helpers.measure import ModulePasses
+from greedy_helpers.reconstruct import refit
+from greedy_helpers.similarity import unit_divergence
+from greedy_helpers.structure import linears_of
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 def taken_from(stem, *names):
     """The functions of those names as the notebook defines them."""
-    found = {"torch": torch, "math": math, "itertools": itertools, "repeat": itertools.repeat, "gh": gh}
+    found = {"torch": torch, "math": math, "itertools": itertools, "gh": gh}
+    found |= {"ModulePasses": ModulePasses, "n_removed": n_removed, "linears_of": linears_of}
     for cell in nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4).cells:
         # Only cells with one of the names are parsed: a cell may hold IPython's % and !.
         if cell.cell_type == "code" and any(f"def {name}(" in cell.source for name in names):
@@ -65,14 +72,13 @@ def test_divergence_of_maps_with_masked_keys():
 def test_divergence_of_groups(group):
     (group_divergence,) = taken_from("03_similarity", "group_divergence")
     values = divergences(6, torch.Generator().manual_seed(0), 6)
-    torch.testing.assert_close(group_divergence(values, group), gh.unit_divergence(values, group))
+    torch.testing.assert_close(group_divergence(values, group), unit_divergence(values, group))
 
 
 def test_units_left():
     (units_left,) = taken_from("05_pruning", "units_left")
     for n, percent in itertools.product((1, 2, 7, 8, 32, 100), range(0, 100)):
-        kept = gh.keep_top(torch.zeros(n), percent / 100)
-        assert units_left(n, percent / 100) == len(kept), (n, percent)
+        assert units_left(n, percent / 100) == n - n_removed(n, percent / 100), (n, percent)
 
 
 def test_greedy_elimination():
@@ -82,7 +88,7 @@ def test_greedy_elimination():
         z = torch.randn(30, 9, generator=generator).double() @ torch.randn(9, 9, generator=generator).double()
         h, b = z.T @ z + 0.1 * torch.eye(9).double(), torch.randn(9, 4, generator=generator).double()
         for n_keep in (1, 4, 8, 9):
-            kept = gh.eliminate(h, b, torch.arange(9)[:, None], n_keep).keep
+            kept = eliminate(h, b, torch.arange(9)[:, None], n_keep).keep
             torch.testing.assert_close(greedy_keep(h, b, n_keep), kept)
 
 
@@ -108,7 +114,7 @@ def test_the_pruning_loop(family):
     model = tiny.tiny_model(family)
     tokens = torch.randint(tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
     by_hand = prune_by_hand(copy.deepcopy(model), tokens, 0.3, [0, 1])
-    gh.prune(model, tokens, 0.3, criterion=gh.second_moment, progress=False)
+    gh.prune(model, tokens, 0.3, gh.Recipe(gh.second_moment, "none"), progress=False)
     for (name, mine), theirs in zip(by_hand.named_parameters(), model.parameters(), strict=True):
         assert mine.shape == theirs.shape, name
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=name)
@@ -170,7 +176,7 @@ def test_refit_of_linears_side_by_side():
         layers = [torch.nn.Linear(7, n, bias=bias).double() for n in (1, 2)]
         by_hand = copy.deepcopy(layers)
         refit_by_hand(by_hand, x, y, 0.02)
-        gh.refit(layers, m, 0.02)
+        refit(layers, m, 0.02)
         for mine, theirs in zip(by_hand, layers, strict=True):
             torch.testing.assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
 
@@ -185,7 +191,9 @@ def test_the_bias_remedy():
     with torch.no_grad():
         model(tokens)
     hook.remove()
-    report = gh.prune(model, tokens, 0.3, refit="bias", blocks=[0], kinds={"ffn"}, progress=False)
+    report = gh.prune(
+        model, tokens, 0.3, gh.Recipe(gh.second_moment, "bias"), blocks=[0], kinds={"ffn"}, progress=False
+    )
     gone = sorted(set(range(80)) - set(report.steps[0].keep.tolist()))
     torch.testing.assert_close(ffn.level2.linear.bias - bias, bias_remedy(whole, torch.cat(z), gone))
 

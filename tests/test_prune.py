@@ -304,14 +304,18 @@ LEVEL1, LEVEL2 = ("self_attn.q_proj", "mlp.gate_proj"), ("self_attn.o_proj", "ml
 )
 def test_nothing_is_measured_that_is_not_asked_for(criterion, remedy, level1, reads, makes, watched):
     model = tiny_model("llama")
-    runs = count_runs(model)
+    runs, attended = count_runs(model), []
+    for block in blocks_of(model):
+        block.self_attn.q_proj.register_forward_hook(lambda *_: attended.append(1))
     quiet(model, calibration(), 0.5, criterion=criterion, remedy=remedy, batch_size=6)
     names, records = watched
     assert sorted(names) == sorted(f"{block}.{path}" for block in range(2) for path in (*level1, *LEVEL2))
     assert [(len(record.reads), len(record.makes)) for record in records] == [(reads, makes)] * 4
     assert {len(record.outputs) for record in records} == {2 * makes}
-    passes = 4  # densely, once per module, behind both
+    passes = 6 if level1 == LEVEL1 else 4  # densely, once per module (twice if level 1 changes), behind both
     assert runs == [2 * passes] * 2  # two batches
+    # densely, up to its own level 2, and up to the FFN: a finished module is not run again
+    assert len(attended) == 2 * 2 * 3
 
 
 def count_runs(model):
