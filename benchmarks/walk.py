@@ -22,7 +22,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import load_average, machine, results_file, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent.parent
@@ -86,8 +85,9 @@ def main() -> None:
     parser.add_argument("--run", nargs=3, metavar=("SIZES", "RECIPE", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        one_run(json.loads(args.run[0]), *args.run[1:])
-        return
+        return one_run(json.loads(args.run[0]), *args.run[1:])
+    from common import load_average, machine, results_file, save  # of this checkout; a run has another one's package
+
     checkouts = {"before": args.before.resolve(), "now": HERE}
     commits = {
         name: subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=place, text=True).strip()
