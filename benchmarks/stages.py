@@ -74,7 +74,7 @@ def moments(model: PreTrainedModel, tokens: Tensor) -> Iterator[tuple[Depth2Modu
     for block in gh.blocks_of(model):
         for module in gh.depth2_modules(model, [states.position]):
             n_keep = module.n_units - int(RATIO * module.n_units)
-            passes = ModulePasses(states, block, module, target="dense")  # and no record of it: no targets
+            passes = ModulePasses(states, block, module)
             yield module, gh.Seen(*passes.moments(1, 2), n_keep=n_keep)
         states.advance(block)
 

@@ -39,6 +39,7 @@ class Settings:
         calibration, evaluation: windows per run and per text.
         seq: tokens per window, of both.
         source: the calibration text; None: the first of the model's default sources.
+        damp: of every recipe.
     """
 
     calibration: int = 32
@@ -77,9 +78,16 @@ def sweep(
         left, and seconds.
 
     Raises:
-        ValueError: the file holds results of other settings.
+        ValueError: the file holds results of other settings; a recipe with another damping, or with functions of your
+            own, which a row could not name.
     """
     out, recipes = Path(out), list(recipes)
+    for recipe in recipes:
+        if recipe.damp != settings.damp or recipe_of(recipe.names, recipe.damp) != recipe:
+            raise ValueError(
+                f"sweep: expected recipes of names, with the damping of the settings ({settings.damp:g}): a row has no "
+                f"other words for them; found {recipe!r}"
+            )
     found = json.loads(out.read_text()) if out.exists() else {"settings": _described(settings), "dense": {}, "rows": []}
     mine = {key: value for key, value in found["settings"].items() if key in asdict(settings)}
     if mine != asdict(settings):

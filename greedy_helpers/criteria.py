@@ -27,6 +27,7 @@ class Passes(Protocol):
     def moments(self, *levels: int) -> list[Moments]: ...
     def attention_maps(self) -> Iterator[Tensor]: ...
     def level2_windows(self) -> Iterator[Tensor]: ...
+    def hidden_mean(self) -> Tensor: ...
 
 
 class Seen:
@@ -53,15 +54,21 @@ class Seen:
         damp: float = 1e-2,
         n_keep: int | None = None,
         passes: Passes | None = None,
+        both: bool = False,
     ) -> None:
-        self.damp, self.n_keep = damp, n_keep
+        """
+        Args:
+            passes: measures what is not given.
+            both: level 2's moments will be needed in any case, so the pass for level 1's takes them along.
+        """
+        self.damp, self.n_keep, self._both = damp, n_keep, both
         self._level1, self._level2, self._passes = level1, level2, passes
 
     @property
     def level1(self) -> Moments:
         if self._level1 is None:
             passes = self._need("moments of level 1")
-            if self._level2 is None:  # level 2's are needed too in the end, and one pass gives both
+            if self._level2 is None and self._both:
                 self._level1, self._level2 = passes.moments(1, 2)
             else:
                 (self._level1,) = passes.moments(1)
@@ -289,7 +296,7 @@ def obs_cost(module: Depth2Module, seen: Seen) -> Tensor:
     tr(B_u ([H^-1]_uu)^-1 B_u') / n with H = Z'Z + damp * mean diagonal * I (about the mean if level 2 has a bias, which
     the refit solves too): the increase of ||Y - Z B'||^2 per token when unit u goes and level 2 is solved again. A unit
     that others can imitate is cheap however loud it is. Exact for one unit at a time; two cheap twins cannot both go
-    (see exact greedy search). Float64 [n_units].
+    (see :func:`~greedy_helpers.greedy.exact_greedy`). Float64 [n_units].
 
     Raises:
         ValueError: damp <= 0 with fewer tokens than channels (H is singular).

@@ -112,7 +112,7 @@ class ModulePasses:
         dense: DenseRecord | None = None,
         drift: Drift | None = None,
         *,
-        target: str = "local",
+        target: str = "none",
         precision: torch.dtype = torch.float64,
     ) -> None:
         """
@@ -120,7 +120,7 @@ class ModulePasses:
             stream: hidden states in front of `block`.
             dense: what the module does in the dense model.
             drift: what the residual stream lacks in front of the module, for the residual target.
-            target: what level 2 shall put out, see :mod:`greedy_helpers.remedies`.
+            target: of level 2, see :mod:`greedy_helpers.remedies`; or `"none"`.
             precision: see :class:`~greedy_helpers.moments.Moments`.
         """
         self._stream, self._block, self._module, self._dense, self._drift = stream, block, module, dense, drift
@@ -151,7 +151,7 @@ class ModulePasses:
             self._drift.passed.clear()
 
     def _target_of(self, level: int, place: int) -> Tensor | None:
-        if self._dense is None or (level == 2 and self._target == "local"):
+        if self._dense is None or (level == 2 and self._target in ("local", "none")):
             return None
         if level == 1:
             return self._dense.inputs[place] if self._dense.inputs else None

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,9 @@ def prune_block(model: PreTrainedModel, block: nn.Module, streams: Streams, job:
         if module.name in job.plan:
             how = {"target": remedy.target, "precision": job.precision}
             passes = ModulePasses(streams.pruned, block, module, record, drift, **how)
-            steps.append(prune_module(module, Seen(damp=job.damp, n_keep=job.plan[module.name], passes=passes), job))
+            steps.append(
+                prune_module(module, Seen(damp=job.damp, n_keep=job.plan[module.name], passes=passes, both=True), job)
+            )
         if drift is not None:
             drift.passed.append(record)
         record.inputs.clear()
@@ -150,8 +153,8 @@ def prune(
         store: where the hidden states of all tokens wait; default: `device`. `"cpu"` saves memory on a GPU.
         precision: dtype of the summed moments and of the solves, see :class:`~greedy_helpers.moments.Moments`.
         work_dir: a folder to which every finished block is committed. A call with the same model, tokens and settings
-            goes on behind the last one and ends with the same bits. A lazy model needs one: its pruned blocks are there
-            until :func:`~greedy_helpers.checkpoint.save_pruned` collects them.
+            continues after the last finished block and ends with the same bits. A lazy model needs one: its pruned
+            blocks are there until :func:`~greedy_helpers.checkpoint.save_pruned` collects them.
 
     Under `torchrun` (see :mod:`greedy_helpers.large.distributed`) every process gives the same arguments; each runs its
     share of the windows, and all end with the same model.
@@ -163,10 +166,10 @@ def prune(
     """
     started, before = time.perf_counter(), count_parameters(model)
     modules = _check_arguments(model, calibration, ratio, plan, blocks, kinds, work_dir)
-    how = {"batch_size": batch_size, "device": device, "store": store}
+    where = {"batch_size": batch_size, "device": device, "store": store}
     criterion, remedy = recipe.resolved(model, calibration)
     if plan is None:
-        score = partial(scores_of, model, calibration, damp=recipe.damp, **how)
+        score = partial(scores_of, model, calibration, damp=recipe.damp, **where)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, score)
         _warn_of_whole_modules(modules, plan, ratio)
     job = Job(criterion, remedy, recipe.damp, {m.name: plan.get(m.name, m.n_units) for m in modules}, precision)
@@ -174,14 +177,12 @@ def prune(
 
     step = with_smaller_batches(prune_block)
     if work_dir is not None:
-        asked = {"ratio": ratio} if ratio is not None else {"plan": dict(job.plan)}
-        asked |= {"blocks": sorted({m.block for m in modules}), "kinds": sorted({m.kind for m in modules})}
-        asked |= {**recipe.names, "precision": str(precision), "batch_size": batch_size}
-        step = resumed(step, WorkFolder(work_dir, settings_of(model, calibration, **asked)))
+        settings = _settings(ratio, recipe, job, modules) | {"batch_size": batch_size}
+        step = resumed(step, WorkFolder(work_dir, settings_of(model, calibration, **settings)))
     del modules  # their indices would grow with the model's depth
     steps, stream_errors, streams = [], [], None
     bar = tqdm(total=total, desc="prune", unit="module", disable=not progress or not is_first())
-    with undone_on_error(model), bar, closing(walk(model, calibration, last, **how)) as walked:
+    with undone_on_error(model), bar, closing(walk(model, calibration, last, **where)) as walked:
         for block, stream in walked:
             streams = streams or Streams(stream.share(), stream)
             check_weights(block, f"{blocks_path(model)}.{stream.position}.")
@@ -189,10 +190,9 @@ def prune(
             steps += new_steps
             stream_errors.append(stream_error)
             bar.update(len(new_steps))
-    after = count_parameters(model)
-    parameters = {key: [before[key], after[key]] for key in before}
-    seconds = time.perf_counter() - started
-    return PruneReport(ratio, **recipe.names, tokens=calibration.numel(), parameters=parameters, seconds=seconds,
+    parameters = {part: [before[part], after] for part, after in count_parameters(model).items()}
+    names = recipe.names | ({"allocation": "plan"} if ratio is None else {})
+    return PruneReport(ratio, **names, tokens=calibration.numel(), parameters=parameters, seconds=time.perf_counter() - started,
                        stream_errors=stream_errors, steps=steps)  # fmt: skip
 
 
@@ -211,22 +211,21 @@ def scores_of(
     """Every module's scores on the model as it is: name -> [n_units], on the CPU. Nothing is changed.
 
     For plans over the whole model, for looking at criteria side by side, and for methods that score the dense model
-    once (FLAP, LLM-Pruner) rather than each module behind the already pruned prefix. Level 2's targets are the module's
-    own outputs. `device`, `store`, and several processes: as in :func:`prune`.
+    once (FLAP, LLM-Pruner) rather than each module behind the already pruned prefix. Level 2's moments have no targets.
+    `device`, `store`, and several processes: as in :func:`prune`.
 
     Raises:
         As :func:`prune`.
     """
     check_tokens(model, calibration)
-    modules = depth2_modules(model, blocks, kinds)
-    last, scores = max((module.block for module in modules), default=-1), {}
+    chosen = {module.block for module in depth2_modules(model, blocks, kinds)}
+    last, scores = max(chosen, default=-1), {}
     where = {"batch_size": batch_size, "device": device, "store": store}
     with closing(walk(model, calibration, last, **where)) as walked:
         for block, stream in walked:
-            for module in depth2_modules(model, [stream.position], kinds):
-                if any(module.name == wanted.name for wanted in modules):
-                    seen = Seen(damp=damp, passes=ModulePasses(stream, block, module))
-                    scores[module.name] = _checked_scores(criterion, module, seen)
+            for module in depth2_modules(model, [stream.position] if stream.position in chosen else [], kinds):
+                seen = Seen(damp=damp, passes=ModulePasses(stream, block, module, target="none"))
+                scores[module.name] = _checked_scores(criterion, module, seen)
     return scores
 
 
@@ -272,6 +271,13 @@ def _check_arguments(
         )
     check_weights(model, skip=f"{blocks_path(model)}.")
     return modules
+
+
+def _settings(ratio: float | None, recipe: Recipe, job: Job, modules: list[Depth2Module]) -> dict[str, Any]:
+    """What a run was asked for, in words and numbers."""
+    asked = {"plan": dict(job.plan)} if ratio is None else {"ratio": ratio}
+    chosen = {"blocks": sorted({m.block for m in modules}), "kinds": sorted({m.kind for m in modules})}
+    return {**asked, **chosen, **recipe.names, "precision": str(job.precision)}
 
 
 def _warn_of_whole_modules(modules: list[Depth2Module], plan: Plan, ratio: float) -> None:

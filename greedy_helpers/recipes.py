@@ -100,7 +100,8 @@ class Recipe:
         allocation: a name in :data:`ALLOCATIONS`.
 
     Raises:
-        ValueError: a name that is not in its table.
+        ValueError: a name that is not in its table, or damp < 0.
+        TypeError: something else than a name or an object of the right kind.
     """
 
     criterion: Criterion | str = "exact greedy"
@@ -114,8 +115,12 @@ class Recipe:
             value = getattr(self, field)
             if isinstance(value, str) and value not in allowed:
                 raise ValueError(f"expected a {field} among {'; '.join(allowed)}: found {value!r}")
-            if not isinstance(value, str) and not (callable(value) or isinstance(value, Remedy)):
-                raise TypeError(f"expected a {field} by name or as an object, found {value!r}")
+            own = {"criterion": callable(value), "remedy": isinstance(value, Remedy), "allocation": False}
+            if not isinstance(value, str) and not own[field]:
+                meant = {"criterion": "a function (module, seen)", "remedy": "a Remedy", "allocation": "a name"}[field]
+                raise TypeError(f"expected as {field} {meant}, found {value!r}")
+        if not self.damp >= 0:
+            raise ValueError(f"expected damp >= 0, found {self.damp!r}")
 
     @property
     def names(self) -> dict[str, str | float]:

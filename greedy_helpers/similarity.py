@@ -88,7 +88,7 @@ def redundant_heads(divergence: Tensor, tau: float) -> list[int]:
 
     Walks over all ordered pairs (i, j), i != j, and marks i when D_ij < tau and neither i nor j is marked. At least
     one head is always left. The twin may be marked later in the walk, so a removed head need not resemble any
-    survivor; :func:`maximal_redundancy` counts the heads that can go if each has to.
+    survivor; `greedy_helpers.course.graphs.maximal_redundancy` counts the heads that can go if each has to.
 
     Raises:
         ValueError: tau negative or not a number, or `divergence` not square.

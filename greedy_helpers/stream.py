@@ -137,7 +137,7 @@ class BlockStream:
     ) -> Iterator[tuple[Tensor, Watched]]:
         """Run `block` in the place of the stream's block: its output [batch, seq, d], one batch at a time.
 
-        Beside each output stand what the linears in `inputs` read and what those in `outputs` put out.
+        With each output: what the linears in `inputs` read and what those in `outputs` put out.
         """
         for place in range(len(self.hidden)):
             with _watching(inputs, outputs) as watched:

@@ -59,7 +59,8 @@ def zero_shot(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(
-            f"zero_shot needs lm_eval: pip install 'greedy-helpers[eval]' ({error}). multiple_choice needs nothing more"
+            f"zero_shot needs lm_eval: pip install 'greedy-helpers[eval]' ({error}). The questions in "
+            "greedy_helpers.course.choices need nothing more"
         ) from error
     logger = logging.getLogger("lm_eval")
     level, was_training, random_state = logger.level, model.training, random.getstate()

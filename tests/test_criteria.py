@@ -49,7 +49,7 @@ def seen_by(model, tokens, index, damp=1e-2):
         stream.advance(block)
     seen = {}
     for module in depth2_modules(model, [index]):
-        passes = ModulePasses(stream, blocks_of(model)[index], module, target="dense")
+        passes = ModulePasses(stream, blocks_of(model)[index], module)
         seen[module.kind] = module, Seen(*passes.moments(1, 2), damp=damp)
     return seen
 

@@ -74,7 +74,7 @@ def test_recipes_refuse_names_that_do_not_exist():
     ]:
         with pytest.raises(ValueError, match=message):
             Recipe(**part)
-    with pytest.raises(TypeError, match="expected a remedy by name or as an object, found None"):
+    with pytest.raises(TypeError, match="expected as remedy a Remedy, found None"):
         Recipe(remedy=None)
 
 

@@ -223,6 +223,3 @@ def paired_accuracy(first: ChoiceScores, second: ChoiceScores) -> PairedAccuracy
     return PairedAccuracy(
         difference.mean().item(), _standard_error(difference), only_first, only_second, min(1.0, 2 * tail)
     )
-
-
-# --- lm_eval

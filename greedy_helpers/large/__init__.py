@@ -1,4 +1,5 @@
-"""Models that are larger than the device, and runs that are longer than the patience of a machine.
+"""Models that are larger than the device, and runs that take longer than a machine stays up.
 
-What stands here wraps the walk over a model's blocks from outside; the algorithm does not know of it.
+Blocks on the disk, committed blocks and smaller batches wrap the walk over a model's blocks from outside. Of several
+processes the algorithm knows only that sums are over all of them.
 """

@@ -47,7 +47,7 @@ def resident(model: PreTrainedModel, index: int, device: torch.device | str | No
     """Block `index` with all its weights on `device`; afterwards it is at home again, with whatever was changed.
 
     Home is the device on which it was found, and the disk for a lazy model: there weights are dropped when they leave,
-    so what was changed has to be written before (:meth:`WorkFolder.commit`). Weights that nobody replaced are not
+    so what was changed has to be written before (`WorkFolder.commit`). Weights that nobody replaced are not
     copied back. A block that is on `device` already is left as it is.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Work folder: every finished block is committed to it at once and for good; a killed run goes on behind it."""
+"""Work folder: every finished block is committed to it at once; a killed run continues after the last of them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _step_of(step: dict[str, Any]) -> PruneStep:
 
 
 def settings_of(model: PreTrainedModel, calibration: Tensor, **asked: Any) -> dict[str, Any]:
-    """All that the result of a run depends on, as far as it can be told from outside; functions by their names."""
+    """All that the result of a run depends on, as far as it can be known from outside; functions by their names."""
     return {
         **asked,
         "calibration": f"{list(calibration.shape)} {hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()}",
@@ -150,7 +150,7 @@ class WorkFolder:
             _write_json(self._record(index), record)
         self.finished = distributed.from_first(index + 1)
         if record["steps"]:
-            self._now_here(model, index, weights)
+            self._point_to_work_folder(model, index, weights)
 
     def record(self, index: int) -> dict[str, Any]:
         """What was committed with block `index`."""
@@ -178,9 +178,9 @@ class WorkFolder:
                 like = owner.weight if old is None else old  # a bias that the dense layer has not
                 value = weights.get_tensor(name).to(like.device, copy=True)
                 setattr(owner, key, value if key in owner._buffers else same_kind(like, value))
-            self._now_here(model, index, weights.keys())
+            self._point_to_work_folder(model, index, weights.keys())
 
-    def _now_here(self, model: PreTrainedModel, index: int, names: Iterable[str]) -> None:
+    def _point_to_work_folder(self, model: PreTrainedModel, index: int, names: Iterable[str]) -> None:
         if is_lazy(model):
             model.weights_on_disk.update({name: (str(self._weights(index)), name) for name in names})
 
