@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import Plan, check_plan, check_ratio, keep_best
+from .allocation import Plan, check_plan, check_ratio, keep_best, n_removed
 from .criteria import Criterion, Seen, second_moment
 from .families import Kind
 from .large.distributed import all_sums, check_same, is_first
@@ -165,7 +165,7 @@ def prune(
         Whatever is raised, or interrupted, the model is left as it was. What `work_dir` holds, stays.
     """
     started, before = time.perf_counter(), count_parameters(model)
-    modules = _check_arguments(model, calibration, ratio, plan, blocks, kinds, work_dir)
+    modules = _check_arguments(model, calibration, ratio, recipe, plan, blocks, kinds, work_dir)
     where = {"batch_size": batch_size, "device": device, "store": store}
     criterion, remedy = recipe.resolved(model, calibration)
     if plan is None:
@@ -240,12 +240,15 @@ def _check_arguments(
     model: PreTrainedModel,
     calibration: Tensor,
     ratio: float | None,
+    recipe: Recipe,
     plan: Plan | None,
     blocks: Iterable[int] | None,
     kinds: Iterable[Kind] | None,
     work_dir: str | Path | None,
 ) -> list[Depth2Module]:
     """The modules to prune, or the reason why not: see :func:`prune`."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"prune: expected a Recipe, e.g. gh.PAPER or gh.Recipe(gh.second_moment), found {recipe!r}")
     if (ratio is None) == (plan is None):
         raise ValueError(f"prune: expected a ratio or a plan, found {'neither' if plan is None else 'both'}")
     if isinstance(ratio, Mapping):
@@ -281,12 +284,13 @@ def _settings(ratio: float | None, recipe: Recipe, job: Job, modules: list[Depth
 
 
 def _warn_of_whole_modules(modules: list[Depth2Module], plan: Plan, ratio: float) -> None:
-    whole = [module for module in modules if plan[module.name] == module.n_units]
+    whole = [m for m in modules if plan[m.name] == m.n_units and n_removed(m.n_units, ratio) == 0]
     if ratio > 0 and whole:
         units = sorted({module.n_units for module in whole})
         warnings.warn(
             f"prune: {ratio:.0%} of {' or '.join(map(str, units))} units is less than one: {whole[0].name}"
-            f"{f' and {len(whole) - 1} more' if len(whole) > 1 else ''} lose nothing; the report says what was removed",
+            + (f" and {len(whole) - 1} more lose" if len(whole) > 1 else " loses")
+            + " nothing; the report says what was removed",
             stacklevel=3,
         )
 

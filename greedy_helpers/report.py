@@ -76,8 +76,19 @@ class PruneReport:
         """`"blocks"` and `"total"` -> the share of their parameters that went."""
         return {part: 1 - after / before for part, (before, after) in self.parameters.items()}
 
+    @property
+    def asked(self) -> str:
+        """What was asked for, in words."""
+        blocks = sorted({step.block for step in self.steps})
+        where = f"{len(self.steps)} modules in blocks {blocks[0]} to {blocks[-1]}" if blocks else "no module"
+        if self.ratio is None:
+            return f"sizes by a plan for {where}"
+        spread = (
+            "" if self.allocation == "uniform" else f", as a budget of parameters spread by {self.allocation} scores"
+        )
+        return f"{self.ratio:.4g} of the units of each of {where}{spread}"
+
     def __str__(self) -> str:
-        asked = "a plan" if self.ratio is None else f"{self.ratio:.1%} of the units of each module"
         units = {
             what: [sum(getattr(s, f"units_{when}") for s in self.steps if (s.kind == "attention") == heads)
                    for when in ("before", "after")]
@@ -85,7 +96,8 @@ class PruneReport:
         }  # fmt: skip
         left = " and ".join(f"{after:,} of {before:,} {what}" for what, (before, after) in units.items() if before)
         return (
-            f"asked: {asked}; removed: {self.removed['blocks']:.1%} of the blocks' parameters, "
+            f"{self.criterion}, {self.allocation}, remedy {self.remedy}, {self.tokens:,} calibration tokens; asked: "
+            f"{self.asked}; removed: {self.removed['blocks']:.1%} of the blocks' parameters, "
             f"{self.removed['total']:.1%} of the model's ({self.parameters['total'][0]:,} -> "
             f"{self.parameters['total'][1]:,}); left in the modules that were pruned: {left or 'nothing to cut'}"
         )
