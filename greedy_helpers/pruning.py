@@ -192,8 +192,8 @@ def prune(
             bar.update(len(new_steps))
     parameters = {part: [before[part], after] for part, after in count_parameters(model).items()}
     names = recipe.names | ({"allocation": "plan"} if ratio is None else {})
-    return PruneReport(ratio, **names, tokens=calibration.numel(), parameters=parameters, seconds=time.perf_counter() - started,
-                       stream_errors=stream_errors, steps=steps)  # fmt: skip
+    took = {"tokens": calibration.numel(), "seconds": time.perf_counter() - started}
+    return PruneReport(ratio, **names, **took, parameters=parameters, stream_errors=stream_errors, steps=steps)
 
 
 def scores_of(

@@ -179,5 +179,5 @@ PAPER = Recipe("second moment", "pre")
 # An et al. (arXiv 2312.11983) as published: fluctuation, one ranking over the model, means into biases.
 FLAP = Recipe("FLAP WIFV", "bias", allocation="adaptive")
 # Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization":
-# exact greedy selection, level 2 refitted to the module's own outputs.
+# exact greedy selection (without its local search), level 2 refitted to the module's own outputs.
 OSSCAR = Recipe("exact greedy", "post, local")
