@@ -7,18 +7,19 @@ Higher means keep. Scores are compared inside one module only. Writing your own 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .moments import Moments
 from .reconstruct import ridge
-from .structure import Depth2Module, check_tokens, depth2_modules, weight_of
+from .structure import Depth2Module, check_tokens, depth2_modules, eval_mode, weight_of
 
 
 class Passes(Protocol):
@@ -354,13 +355,15 @@ def taylor_scores(
         Module name -> scores, float64 [n_units], for :func:`fixed_scores`.
 
     Raises:
-        ValueError: another kind.
+        ValueError: another kind, or a model whose blocks are on the disk.
     """
     if kind not in ("vector", "element1", "element2", "mix"):
         raise ValueError(f"taylor_scores: expected kind 'vector', 'element1', 'element2' or 'mix', found {kind!r}")
     check_tokens(model, tokens)
     modules = depth2_modules(model)
     weights = {group.path: group.linear.weight for module in modules for group in module.groups}
+    if absent := next((path for path, weight in weights.items() if weight.is_meta), None):
+        raise ValueError(f"taylor_scores: expected the whole model in memory, found {absent} on the disk")
     first, second = kind != "element2", kind in ("element2", "mix")
 
     def zeros(wanted: bool) -> dict[str, Tensor]:
@@ -368,7 +371,7 @@ def taylor_scores(
         return {path: torch.zeros_like(weight, dtype=wide[path]) for path, weight in weights.items() if wanted}
 
     gradient, fisher = zeros(first), zeros(second)
-    with torch.enable_grad():
+    with eval_mode(model), torch.enable_grad(), _trainable(weights.values()):
         for window in tokens.split(1 if second else batch_size):
             window = window.to(model.device)
             logits = model(input_ids=window, use_cache=False).logits[:, :-1].float()
@@ -393,6 +396,19 @@ def taylor_scores(
             channels = change.sum(over).abs() if kind == "vector" else change.abs().sum(over)
             scores[module.name] += channels[group.index.to(channels.device)].sum(1)
     return scores
+
+
+@contextmanager
+def _trainable(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Lets gradients reach weights that may be frozen."""
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def fixed_scores(module: Depth2Module, seen: Seen | None = None, *, scores: Mapping[str, Tensor]) -> Tensor:

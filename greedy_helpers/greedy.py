@@ -65,7 +65,7 @@ def eliminate(
         n_keep: how many units to leave; 1 gives the whole path.
         dtype: of the computation. float32 is faster on GPUs; it is re-factorised when it drifts.
         tolerance: relative residual of the downdated inverse that causes a new factorisation (times 1e3 for float32).
-        inverse: [n, n], H^-1 where it is known already; it is overwritten.
+        inverse: [n, n], H^-1 in `dtype` where it is known already; it is overwritten.
 
     Raises:
         ValueError: n_keep outside [1, n_units].
@@ -74,7 +74,8 @@ def eliminate(
     n_units, width = index.shape
     if not 1 <= n_keep <= n_units:
         raise ValueError(f"eliminate: expected to keep between 1 and {n_units} units, found {n_keep}")
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.to(dtype))) if inverse is None else inverse.to(dtype)
+    h = h.to(dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h)) if inverse is None else inverse
     state = _State(h, inverse, solution, tolerance * (1e3 if dtype == torch.float32 else 1))
     step = _single_channels if width == 1 else _one_unit
     left = index.to(h.device)
@@ -287,7 +288,10 @@ def exact_greedy(
         )
     solution = weight_of(linear).to(system.h).T + system.solve(rest)
     n_keep = 1 if whole_path or seen.n_keep is None else seen.n_keep
-    path = eliminate(system.h, solution, module.level2.index, n_keep, dtype=dtype, inverse=system.inverse())
+    inverse = (
+        system.inverse() if system.h.dtype == dtype else None
+    )  # of another precision it would begin with its errors
+    path = eliminate(system.h, solution, module.level2.index, n_keep, dtype=dtype, inverse=inverse)
     keep, next_costs = path.keep, path.next_costs
     scores = torch.zeros(module.n_units, dtype=torch.float64)
     scores[path.order] = path.costs.clamp(min=0).cumsum(0) / moments.n

@@ -50,7 +50,13 @@ class DenseRecord:
         self.outputs += map(stream.keep, made)
 
     def hidden_mean(self) -> Tensor:
-        """Mean of level 2's input, float64 [channels], over all processes."""
+        """Mean of level 2's input, float64 [channels], over all processes.
+
+        Raises:
+            ValueError: nobody asked for it before the dense model's pass.
+        """
+        if not self._means:
+            raise ValueError("expected a remedy that says that it reads the dense model's means (Remedy.reads_means)")
         total, count = self._sum.clone(), self._sum.new_tensor(self._n)
         all_sum(total, count)
         return total / count

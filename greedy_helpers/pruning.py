@@ -21,13 +21,13 @@ from .criteria import Criterion, Seen, second_moment
 from .families import Kind
 from .large.distributed import all_sums, check_same, is_first
 from .large.lazy import check_weights, is_lazy
-from .large.memory import with_smaller_batches
+from .large.memory import at_smaller_batches, with_smaller_batches
 from .large.resume import WorkFolder, resumed, settings_of
 from .measure import DenseRecord, Drift, ModulePasses, advance_dense
 from .recipes import ALLOCATIONS, RECOMMENDED, Recipe
 from .remedies import Cut, Remedy
 from .report import PruneReport, PruneStep
-from .stream import Streams, walk
+from .stream import Streams, walk, windows_per_batch
 from .structure import (
     Depth2Module,
     UnsupportedModule,
@@ -169,7 +169,8 @@ def prune(
     where = {"batch_size": batch_size, "device": device, "store": store}
     criterion, remedy = recipe.resolved(model, calibration)
     if plan is None:
-        score = partial(scores_of, model, calibration, damp=recipe.damp, **where)
+        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "precision": precision}
+        score = partial(scores_of, model, calibration, damp=recipe.damp, **same, **where)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, score)
         _warn_of_whole_modules(modules, plan, ratio)
     job = Job(criterion, remedy, recipe.damp, {m.name: plan.get(m.name, m.n_units) for m in modules}, precision)
@@ -180,20 +181,19 @@ def prune(
         settings = _settings(ratio, recipe, job, modules) | {"batch_size": batch_size}
         step = resumed(step, WorkFolder(work_dir, settings_of(model, calibration, **settings)))
     del modules  # their indices would grow with the model's depth
+    names = recipe.names | ({"allocation": "plan"} if ratio is None else {})
     steps, stream_errors, streams = [], [], None
     bar = tqdm(total=total, desc="prune", unit="module", disable=not progress or not is_first())
     with undone_on_error(model), bar, closing(walk(model, calibration, last, **where)) as walked:
         for block, stream in walked:
             streams = streams or Streams(stream.share(), stream)
-            check_weights(block, f"{blocks_path(model)}.{stream.position}.")
             new_steps, stream_error = step(model, block, streams, job)
             steps += new_steps
             stream_errors.append(stream_error)
             bar.update(len(new_steps))
-    parameters = {part: [before[part], after] for part, after in count_parameters(model).items()}
-    names = recipe.names | ({"allocation": "plan"} if ratio is None else {})
-    took = {"tokens": calibration.numel(), "seconds": time.perf_counter() - started}
-    return PruneReport(ratio, **names, **took, parameters=parameters, stream_errors=stream_errors, steps=steps)
+        parameters = {part: [before[part], after] for part, after in count_parameters(model).items()}
+        took = {"tokens": calibration.numel(), "seconds": time.perf_counter() - started}
+        return PruneReport(ratio, **names, **took, parameters=parameters, stream_errors=stream_errors, steps=steps)
 
 
 def scores_of(
@@ -207,33 +207,40 @@ def scores_of(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     store: torch.device | str | None = None,
+    precision: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """Every module's scores on the model as it is: name -> [n_units], on the CPU. Nothing is changed.
 
     For plans over the whole model, for looking at criteria side by side, and for methods that score the dense model
     once (FLAP, LLM-Pruner) rather than each module behind the already pruned prefix. Level 2's moments have no targets.
-    `device`, `store`, and several processes: as in :func:`prune`.
+    `device`, `store`, `precision`, smaller batches and several processes: as in :func:`prune`.
 
     Raises:
         As :func:`prune`.
     """
     check_tokens(model, calibration)
+    kinds = kinds if kinds is None or isinstance(kinds, str) else set(kinds)
     chosen = {module.block for module in depth2_modules(model, blocks, kinds)}
-    last, scores = max(chosen, default=-1), {}
-    where = {"batch_size": batch_size, "device": device, "store": store}
-    with closing(walk(model, calibration, last, **where)) as walked:
-        for block, stream in walked:
-            for module in depth2_modules(model, [stream.position] if stream.position in chosen else [], kinds):
-                seen = Seen(damp=damp, passes=ModulePasses(stream, block, module, target="none"))
-                scores[module.name] = _checked_scores(criterion, module, seen)
-    return scores
+
+    def measured(batch_size: int) -> dict[str, Tensor]:
+        scores, where = {}, {"batch_size": batch_size, "device": device, "store": store}
+        with closing(walk(model, calibration, max(chosen, default=-1), **where)) as walked:
+            for block, stream in walked:
+                for module in depth2_modules(model, [stream.position] if stream.position in chosen else [], kinds):
+                    passes = ModulePasses(stream, block, module, precision=precision)
+                    scores[module.name] = _checked_scores(criterion, module, Seen(damp=damp, passes=passes))
+        return scores
+
+    return at_smaller_batches(
+        measured, min(len(calibration), windows_per_batch(batch_size, calibration.shape[1])), "scores_of"
+    )
 
 
 def _checked_scores(criterion: Criterion, module: Depth2Module, seen: Seen) -> Tensor:
     scores = criterion(module, seen)
     if scores.shape != (module.n_units,):
         raise ValueError(f"{module.name}: expected scores of shape [{module.n_units}], found {list(scores.shape)}")
-    return scores.cpu()
+    return scores.detach().to("cpu", copy=True)  # a view or a graph would keep what it was made from
 
 
 def _check_arguments(
@@ -299,7 +306,8 @@ def _check_additive(index: int, before: list[Tensor], after: list[Tensor], recor
     """The block's output has to be its input plus its modules' outputs, or the residual target means nothing."""
     made = before[0].flatten(0, -2) + sum(record.outputs[0] for record in records)
     wanted = after[0].flatten(0, -2)
-    error = ((made - wanted).float().norm() / (wanted - before[0].flatten(0, -2)).float().norm()).item()
+    size = (wanted - before[0].flatten(0, -2)).float().norm().item()
+    error = (made - wanted).float().norm().item() / (size or 1.0)  # a block that adds nothing is additive, too
     (refused,) = all_sums(float(not error < 0.05))  # all processes come to the same verdict
     if refused:  # half precision rounds at a few 1e-3 of the stream; a norm or a multiplier is far off
         raise UnsupportedModule(

@@ -140,10 +140,9 @@ class Recipe:
     def resolved(self, model: PreTrainedModel, calibration: Tensor) -> tuple[Criterion, Remedy]:
         """The functions that the names stand for. Some criteria look at the dense model now."""
         criterion, remedy = self.criterion, self.remedy
-        if criterion in PREPARED:
-            criterion = PREPARED[criterion](model, calibration)
-        elif isinstance(criterion, str):
-            criterion = CRITERIA[criterion]
+        if isinstance(criterion, str):
+            prepare = PREPARED.get(criterion)
+            criterion = CRITERIA[criterion] if prepare is None else prepare(model, calibration)
         return criterion, REMEDIES[remedy] if isinstance(remedy, str) else remedy
 
 
@@ -151,13 +150,22 @@ def name_of(part: Criterion | Remedy | str) -> str:
     """What a criterion or a remedy is called: its name in the tables, or its function's with the options."""
     if isinstance(part, str):
         return part
-    for table in (CRITERIA, REMEDIES):
-        if (name := next((key for key, value in table.items() if value is part), None)) is not None:
-            return name
+    table = REMEDIES if isinstance(part, Remedy) else CRITERIA
+    if (name := next((key for key, value in table.items() if _same(value, part)), None)) is not None:
+        return name
+    if isinstance(part, Remedy):
+        given = {key: value for key, value in vars(part).items() if value not in (None, False)}
+        return f"Remedy({', '.join(f'{key}={_short(value)}' for key, value in given.items())})"
     if isinstance(part, partial):
         given = [*map(_short, part.args), *(f"{key}={_short(value)}" for key, value in part.keywords.items())]
-        return f"{name_of(part.func)}({', '.join(given)})"
-    return getattr(part, "__name__", repr(part))
+        return f"{getattr(part.func, '__name__', _short(part.func))}({', '.join(given)})"
+    return getattr(part, "__name__", type(part).__name__)
+
+
+def _same(one: Criterion | Remedy, other: Criterion | Remedy) -> bool:
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    return one is other or (isinstance(one, Remedy) and one == other)
 
 
 def _short(value: object) -> str:

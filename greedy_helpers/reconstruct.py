@@ -54,6 +54,9 @@ class Ridge:
         self.h = h = moments.xx.clone()
         if centred:
             h.addr_(moments.x, moments.x, alpha=-1 / moments.n)
+            rounding = 8 * torch.finfo(h.dtype).eps * (len(h) + moments.n**0.5)
+            constant = h.diagonal() <= rounding * moments.xx.diagonal()
+            h[constant], h[:, constant] = 0, 0  # what is left of features that do not vary is rounding
         self.features = int((moments.xx.diagonal() > 0).sum())
         self.rank = min(self.features, moments.n - centred)
         self.lam = (damp * h.diagonal().mean()).item()
@@ -135,6 +138,8 @@ def normal_equations(
     system = ridge(moments, damp, bias is not None)
     w = weight.to(moments.xx).T
     if moments.xy is None:
+        if through:
+            raise ValueError(f"{moments.name}: expected what the layer reads in the dense model (Remedy.refits_level1)")
         return system, torch.zeros_like(w)
     if through:
         rest = moments.xy - moments.xx

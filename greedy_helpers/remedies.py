@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -54,6 +54,10 @@ class Remedy:
     target: Target = "dense"
     refits_level1: bool = False
     reads_means: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target not in get_args(Target):
+            raise ValueError(f"Remedy: expected a target among {get_args(Target)}, found {self.target!r}")
 
 
 def refit_both_levels(module: Depth2Module, seen: Seen) -> Solution:

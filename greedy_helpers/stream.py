@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .large.distributed import share_of
-from .large.lazy import resident
-from .structure import blocks_of, eval_mode, input_device
+from .large.lazy import check_weights, resident
+from .structure import blocks_of, blocks_path, eval_mode, input_device
 
 
 class _Reached(Exception):
@@ -36,11 +36,15 @@ def walk(
     `contextlib.closing`, so that everything is put back at once if something fails.
 
     With several processes each takes its share of the windows through the blocks.
+
+    Raises:
+        FloatingPointError: NaN or Inf in a block's weights, naming the weight.
     """
     with eval_mode(model):
         stream = BlockStream(model, share_of(tokens), batch_size, device=device, store=store)
         for index in range(last + 1):
             with resident(model, index, stream.device) as block:
+                check_weights(block, f"{blocks_path(model)}.{index}.")
                 yield block, stream
                 if stream.position == index < last:
                     stream.advance(block)
@@ -295,9 +299,12 @@ def _watching(
             )
         return [read[linear].flatten(0, -2) for linear in inputs], [made[linear].flatten(0, -2) for linear in outputs]
 
-    handles = [linear.register_forward_pre_hook(before) for linear in inputs]
-    handles += [linear.register_forward_hook(after) for linear in outputs]
+    handles = []
     try:
+        for linear in inputs:
+            handles.append(linear.register_forward_pre_hook(before))
+        for linear in outputs:
+            handles.append(linear.register_forward_hook(after))
         yield watched
     finally:
         for handle in handles:

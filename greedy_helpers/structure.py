@@ -139,15 +139,15 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode within the `with`, so no dropout; after it every model is in the mode that it was in before."""
-    modes = [model.training for model in models]
+    """Eval mode within the `with`, so no dropout; after it every module is in the mode that it was in before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:

@@ -33,33 +33,51 @@ def with_smaller_batches(step: Callable[..., Any]) -> Callable[..., Any]:
                 with undone_on_error(block):
                     return step(model, block, streams, job)
             except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                largest = max(len(hidden) for hidden in before[0][0])
-                if largest == 1 or distributed.rank_and_size()[1] > 1:
-                    error.add_note(
-                        f"{where}: out of memory with {largest} windows per batch; expected a smaller batch_size, "
-                        "shorter windows, store='cpu' (hidden states), precision=torch.float32 (moments), or a larger "
-                        "device"
-                    )
-                    raise
-                message = str(error).splitlines()[0]
+                size = _halved(error, max(len(hidden) for hidden in before[0][0]), where)
             # here the error is gone, and with it the tensors that its traceback held
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            warnings.warn(
-                f"{where}: out of memory ({message}); going on with {largest // 2} windows per batch", stacklevel=3
-            )
+            _free()
             for stream, (hidden, position) in zip(both, before, strict=True):
                 stream.move(hidden, position)
             together = streams.are_one
-            streams.pruned.rebatch(largest // 2)
+            streams.pruned.rebatch(size)
             if together:
                 streams.dense.move(streams.pruned.hidden, streams.pruned.position)
             else:
-                streams.dense.rebatch(largest // 2)
+                streams.dense.rebatch(size)
 
     return repeated
+
+
+def at_smaller_batches(work: Callable[[int], Any], batch_size: int, where: str) -> Any:
+    """`work(batch_size)`, from its beginning with half as many windows per batch whenever memory runs out."""
+    while True:
+        try:
+            return work(batch_size)
+        except RuntimeError as error:
+            batch_size = _halved(error, batch_size, where)
+        _free()
+
+
+def _halved(error: RuntimeError, batch_size: int, where: str) -> int:
+    """Half the batch, with a warning; or the error again, if it is another one or nothing can be halved."""
+    if not _out_of_memory(error):
+        raise error
+    if batch_size == 1 or distributed.rank_and_size()[1] > 1:
+        error.add_note(
+            f"{where}: out of memory with {batch_size} windows per batch; expected a smaller batch_size, shorter "
+            "windows, store='cpu' (hidden states), precision=torch.float32 (moments), or a larger device"
+        )
+        raise error
+    message = str(error).splitlines()[0]
+    warnings.warn(
+        f"{where}: out of memory ({message}); going on with {batch_size // 2} windows per batch", stacklevel=4
+    )
+    return batch_size // 2
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
