@@ -300,10 +300,12 @@ def obs_cost(module: Depth2Module, seen: Seen) -> Tensor:
     (see :func:`~greedy_helpers.greedy.exact_greedy`). Float64 [n_units].
 
     Raises:
-        ValueError: damp <= 0 with fewer tokens than channels (H is singular).
+        ValueError: damp <= 0 with fewer tokens than channels; no or hardly any damping with channels that are never on,
+            or that equal each other (H is singular).
     """
     linear = module.level2.linear
-    system = ridge(seen.level2, seen.damp, centred=linear.bias is not None)
+    wide = None if seen.level2.xx.device.type == "mps" else torch.float64  # decides what goes; mps has no float64
+    system = ridge(seen.level2, seen.damp, centred=linear.bias is not None, dtype=wide)
     solution = weight_of(linear).to(system.h).T
     return removal_costs(system.inverse(), solution, module.level2.index.to(system.h.device)) / seen.level2.n
 

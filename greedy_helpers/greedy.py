@@ -276,16 +276,11 @@ def exact_greedy(
         dtype: see :func:`eliminate`.
 
     Raises:
-        ValueError: damping 0 with fewer tokens than channels.
-        torch.linalg.LinAlgError: damping 0 with channels that are never on, or that equal each other.
+        ValueError: damping 0 with fewer tokens than channels; no or hardly any damping with channels that are never on,
+            or that equal each other.
     """
     linear, moments = module.level2.linear, seen.level2
-    system, rest = normal_equations(moments, weight_of(linear), linear.bias, seen.damp)
-    if system.factor is None:
-        raise torch.linalg.LinAlgError(
-            f"{moments.name}: the {len(system.h)} channels are not independent on the calibration tokens (one is never "
-            f"on, or two are equal); expected damp > 0, found {seen.damp:g}"
-        )
+    system, rest = normal_equations(moments, weight_of(linear), linear.bias, seen.damp, dtype=dtype)
     solution = weight_of(linear).to(system.h).T + system.solve(rest)
     n_keep = 1 if whole_path or seen.n_keep is None else seen.n_keep
     inverse = (
@@ -302,5 +297,5 @@ def exact_greedy(
         if trades:
             scores[path.keep] = total  # those of them that went in a trade went last
             next_costs = _survivor_costs(system.h, rest, module.level2.index[keep].to(rest.device)).cpu()
-    scores[keep] = total * (1 + 1e-9) + next_costs.clamp(min=0) / moments.n + torch.finfo(torch.float64).tiny
+    scores[keep] = total * (1 + 1e-9) + next_costs.double().clamp(min=0) / moments.n + torch.finfo(torch.float64).tiny
     return scores

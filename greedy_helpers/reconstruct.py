@@ -41,8 +41,9 @@ class Ridge:
 
     The factorisation is Cholesky's, which does not care how the features are scaled: a channel that is a hundred times
     as loud as the rest costs the others no digit, in float32 either. Where rounding leaves a pivot that vanishes beside
-    its own diagonal entry (equal features, no damping), the eigenvectors are taken instead, of H scaled to a unit
-    diagonal; then directions that the data do not determine are left out.
+    its own diagonal entry, a float32 H is factorised again in float64: loud features that agree, such as those that are
+    on at the first token only, need it. Where that fails too (equal features, no damping), the eigenvectors are taken
+    instead, of H scaled to a unit diagonal; then directions that the data do not determine are left out.
 
     Attributes:
         h: [d, d]; with `centred` X'X is taken about the mean. lam: `damp` times its mean diagonal.
@@ -50,24 +51,32 @@ class Ridge:
         rank: of X'X. condition: of H. Both are bounds with Cholesky, see :class:`Solution`.
     """
 
-    def __init__(self, moments: Moments, damp: float, centred: bool) -> None:
-        self.h = h = moments.xx.clone()
+    def __init__(self, moments: Moments, damp: float, centred: bool, dtype: torch.dtype | None = None) -> None:
+        self.name, self.damp = moments.name, damp
+        self.h = h = moments.xx.to(dtype, copy=True)
         if centred:
-            h.addr_(moments.x, moments.x, alpha=-1 / moments.n)
-            rounding = 8 * torch.finfo(h.dtype).eps * (len(h) + moments.n**0.5)
+            x = moments.x.to(h)
+            h.addr_(x, x, alpha=-1 / moments.n)
+            # the sums' own rounding, whatever the precision in which they are solved now
+            rounding = 8 * torch.finfo(moments.xx.dtype).eps * (len(h) + moments.n**0.5)
             constant = h.diagonal() <= rounding * moments.xx.diagonal()
             h[constant], h[:, constant] = 0, 0  # what is left of features that do not vary is rounding
         self.features = int((moments.xx.diagonal() > 0).sum())
         self.rank = min(self.features, moments.n - centred)
         self.lam = (damp * h.diagonal().mean()).item()
         h.diagonal().add_(self.lam)
-        factor, failed = torch.linalg.cholesky_ex(h)
-        small = torch.finfo(h.dtype).eps * len(h) * h.diagonal()
-        self.factor = None if failed or (factor.diagonal().square() <= small).any() else factor
+        floor = torch.finfo(h.dtype).eps * len(h)
+        if moments.xx.dtype != torch.float64:
+            floor = max(floor, 8 * torch.finfo(moments.xx.dtype).eps)  # what its sums are known to
+        self.factor = _cholesky(h, floor)
+        if self.factor is None and h.dtype == torch.float32 and h.device.type != "mps":  # which has no float64
+            self.h = h = h.double()
+            floor = 8 * torch.finfo(torch.float32).eps
+            self.factor = _cholesky(h, floor)
         if self.factor is None:
             self._scale = torch.where(h.diagonal() > 0, h.diagonal(), 1).rsqrt()  # of a channel that is never on: 1
             values, vectors = torch.linalg.eigh(h * self._scale * self._scale[:, None])
-            known = values > torch.finfo(h.dtype).eps * len(h) * values[-1]
+            known = values > floor * values[-1]
             self._values, self._vectors = values[known], vectors[:, known]
             self.rank = min(self.rank, int(known.sum())) if damp == 0 else self.rank
 
@@ -76,19 +85,25 @@ class Ridge:
         return "eigen" if self.factor is None else "cholesky"
 
     def solve(self, rest: Tensor) -> Tensor:
-        """H^-1 R for R [d, d_y]; zero where R is."""
+        """H^-1 R for R [d, d_y], in H's dtype; zero where R is."""
+        rest = rest.to(self.h)
         if self.factor is not None:
             return torch.cholesky_solve(rest, self.factor)
         scale, vectors = self._scale[:, None], self._vectors
         return scale * (vectors @ ((vectors.T @ (scale * rest)) / self._values[:, None]))
 
     def inverse(self) -> Tensor:
-        """H^-1, or its pseudo-inverse: [d, d]."""
-        return (
-            self.solve(torch.eye(len(self.h)).to(self.h))
-            if self.factor is None
-            else torch.cholesky_inverse(self.factor)
-        )
+        """H^-1: [d, d].
+
+        Raises:
+            ValueError: H is singular; what its pseudo-inverse says of removing a feature is wrong.
+        """
+        if self.factor is None:
+            raise ValueError(
+                f"{self.name}: the {len(self.h)} channels are not independent on the calibration tokens (one is never "
+                f"on, or two are equal); expected a larger damp, e.g. 0.01, found {self.damp:g}"
+            )
+        return torch.cholesky_inverse(self.factor)
 
     def condition(self, iterations: int = 4) -> float:
         """Power iterations on H and on H^-1: a lower bound, usually within some percent."""
@@ -104,8 +119,14 @@ class Ridge:
         return max(1.0, (sizes[0] * sizes[1]).item())
 
 
-def ridge(moments: Moments, damp: float, centred: bool) -> Ridge:
-    """The factorised H of these moments; made once, and kept with them.
+def _cholesky(h: Tensor, floor: float) -> Tensor | None:
+    """The lower factor; None if a pivot vanishes, up to `floor`, beside its diagonal entry."""
+    factor, failed = torch.linalg.cholesky_ex(h)
+    return None if failed or (factor.diagonal().square() <= floor * h.diagonal()).any() else factor
+
+
+def ridge(moments: Moments, damp: float, centred: bool, dtype: torch.dtype | None = None) -> Ridge:
+    """The factorised H of these moments, in their dtype or in `dtype`; made once, and kept with them.
 
     Raises:
         ValueError: damp < 0, or damp = 0 with fewer tokens than features.
@@ -118,37 +139,44 @@ def ridge(moments: Moments, damp: float, centred: bool) -> Ridge:
             f"{moments.name}: {moments.n} calibration tokens for {d_x} input features; expected at least as many "
             "tokens as features, or damp > 0"
         )
-    key = ("ridge", damp, centred)
+    key = ("ridge", damp, centred, dtype or moments.xx.dtype)
     if key not in moments.solved:
-        moments.solved[key] = Ridge(moments, damp, centred)
+        moments.solved[key] = Ridge(moments, damp, centred, dtype)
     return moments.solved[key]
 
 
 def normal_equations(
-    moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float = 1e-2, *, through: bool = False
+    moments: Moments,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    damp: float = 1e-2,
+    *,
+    through: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Ridge, Tensor]:
     """(H, R) with H = X'X + lam I and R = X'(Y - X W0'): the ridge solution is W0 + (H^-1 R)'.
 
     Without targets in `moments` they are the layer's own outputs, so R = 0. With a bias the moments are centred.
-    `through`: see :func:`solve`.
+    `through`: see :func:`solve`. `dtype`: see :func:`ridge`.
 
     Raises:
         ValueError: see :func:`ridge`.
     """
-    system = ridge(moments, damp, bias is not None)
-    w = weight.to(moments.xx).T
+    system = ridge(moments, damp, bias is not None, dtype)
+    w = weight.to(system.h).T
     if moments.xy is None:
         if through:
             raise ValueError(f"{moments.name}: expected what the layer reads in the dense model (Remedy.refits_level1)")
         return system, torch.zeros_like(w)
+    xx, xy, x, y = (part.to(system.h) for part in (moments.xx, moments.xy, moments.x, moments.y))
     if through:
-        rest = moments.xy - moments.xx
+        rest = xy - xx
         if bias is not None:
-            rest.addr_(moments.x, moments.y - moments.x, alpha=-1 / moments.n)
+            rest.addr_(x, y - x, alpha=-1 / moments.n)
         return system, rest @ w
-    rest = torch.addmm(moments.xy, moments.xx, w, alpha=-1)
+    rest = torch.addmm(xy, xx, w, alpha=-1)
     if bias is not None:
-        rest.addr_(moments.x, moments.y - moments.x @ w, alpha=-1 / moments.n)
+        rest.addr_(x, y - x @ w, alpha=-1 / moments.n)
     return system, rest
 
 
@@ -187,8 +215,10 @@ def solve(
     if not new.isfinite().all():
         raise FloatingPointError(f"{moments.name}: the least-squares solution holds NaN or Inf (damp={damp})")
     if bias is not None:
-        aim = weight.to(new) @ moments.y + moments.n * bias.to(new) if through else moments.y
-        new_bias = (aim - new @ moments.x) / moments.n
+        aim = moments.y
+        if through or aim is None:  # what the layer, as it is now, makes of an input
+            aim = weight.to(new) @ (moments.y if through else moments.x).to(new) + moments.n * bias.to(new)
+        new_bias = (aim.to(new) - new @ moments.x.to(new)) / moments.n
     return Solution(new, new_bias, system.lam, moments.n, system.features, system.rank, condition, system.method)
 
 

@@ -65,7 +65,7 @@ def page_of(notebook: dict) -> dict:
 
 def contents(paths: list[Path], names: list[str]) -> dict:
     """jupyter-book's table of contents for these notebooks and these modules."""
-    pages = ("exercises", "glossary", "notation", "errata", "instructors")
+    pages = ("troubleshooting", "exercises", "glossary", "notation", "errata", "instructors")
     return {
         "format": "jb-book",
         "root": "intro",

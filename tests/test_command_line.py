@@ -19,10 +19,12 @@ from greedy_helpers import (
     Recipe,
     calibration_tokens,
     depth2_modules,
+    exact_greedy,
     load_model,
     perplexity,
     prune,
     random_scores,
+    recipes,
 )
 from greedy_helpers.__main__ import _recipe, main, parse
 from greedy_helpers.course.choices import continuation_items
@@ -73,6 +75,24 @@ def test_options_override_the_recipe(options, recipe):
     found = parse(["prune", "model", "folder", *options])[1]
     given = {key: found[key] for key in ("criterion", "remedy", "allocation", "damp")}
     assert _recipe(found["recipe"], found["seed"], **given).names == recipe.names
+
+
+def test_damping_reaches_the_criterion(tmp_path, monkeypatch, capsys):
+    """One damping for selection and refit; singular without any is one sentence, not a traceback."""
+    dampings = []
+
+    def recording(module, seen):
+        dampings.append(seen.damp)
+        return exact_greedy(module, seen)
+
+    monkeypatch.setitem(recipes.CRITERIA, "exact greedy", recording)
+    few = ["--calibration", "8", "--seq", "128", "--blocks", "0:1"]
+    for damp in ("1e-4", "0"):  # level 2 of an FFN has 1,024 tokens for 576 channels or more
+        code = main(["prune", "llama-mini", str(tmp_path / damp), *few, "--criterion", "exact greedy", "--damp", damp])
+        assert code in (0, 1)
+        if code:
+            assert capsys.readouterr().err.startswith("prune: ")
+    assert set(dampings) == {1e-4, 0}
 
 
 def test_some_blocks_calibrated_on_the_models_own_text(tmp_path):

@@ -1,5 +1,6 @@
 """The site's sources: contents follow the notebooks that exist, pages point to what exists."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -126,6 +127,34 @@ def test_names_of_the_package_in_the_notation_exist():
     names = re.findall(r"`gh\.(\w+)", (SITE / "notation.md").read_text(encoding="utf-8"))
     assert len(names) > 12
     for name in names:
+        assert hasattr(gh, name), name
+
+
+def messages(path):
+    """Every string of a Python file, pieces that stand side by side joined; `…` for what is filled in."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_troubleshooting_quotes_what_the_package_prints():
+    text = (SITE / "troubleshooting.md").read_text(encoding="utf-8")
+    sections = text.split("\n## ")[1:]
+    assert len(sections) == 12
+    printed = [message for path in (ROOT / "greedy_helpers").rglob("*.py") for message in messages(path)]
+    for section in sections:
+        title = section.splitlines()[0]
+        quoted = re.findall(r"^Message: `(.+)`$", section, re.MULTILINE)
+        assert bool(quoted) != ("No message." in section), title
+        assert re.search(r"\*\*Reason\.\*\*.+\*\*Way out\.\*\*", section, re.DOTALL), title
+        for message in quoted:
+            pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("…")), re.DOTALL)
+            assert any(pattern.search(one) for one in printed), f"{title}: nothing prints {message!r}"
+    import greedy_helpers as gh
+
+    for name in re.findall(r"`gh\.(\w+)", text):
         assert hasattr(gh, name), name
 
 
