@@ -351,7 +351,7 @@ def taylor_scores(
     """
     if kind not in ("vector", "element1", "element2", "mix"):
         raise ValueError(f"taylor_scores: expected kind 'vector', 'element1', 'element2' or 'mix', found {kind!r}")
-    check_tokens(model, tokens)
+    check_tokens(model, tokens, packed=True)
     modules = depth2_modules(model)
     weights = {group.path: group.linear.weight for module in modules for group in module.groups}
     first, second = kind != "element2", kind in ("element2", "mix")

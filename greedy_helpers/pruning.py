@@ -217,7 +217,7 @@ def scores_of(
     Raises:
         As :func:`prune`.
     """
-    check_tokens(model, calibration)
+    check_tokens(model, calibration, packed=True)
     modules = depth2_modules(model, blocks, kinds)
     last, scores = max((module.block for module in modules), default=-1), {}
     where = {"batch_size": batch_size, "device": device, "store": store}
@@ -251,7 +251,7 @@ def _check_arguments(
         raise ValueError(f"prune: expected a ratio or a plan, found {'neither' if plan is None else 'both'}")
     if isinstance(ratio, Mapping):
         raise TypeError("prune: expected a ratio as a number, found a mapping; pass it as plan=")
-    check_tokens(model, calibration)
+    check_tokens(model, calibration, packed=True)
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
     modules = depth2_modules(model, chosen, kinds)  # refuses what does not exist
     if ratio is not None:
