@@ -298,7 +298,8 @@ def _packed_windows(
                 seen += len(ids) + 1
                 yield ids
 
-    return pack(token_ids(), seq, separator_id(tokenizer), prefix_ids(tokenizer))[0]
+    prefix = prefix_ids(tokenizer)
+    return pack(token_ids(), seq, separator_id(tokenizer), prefix)[0]
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
