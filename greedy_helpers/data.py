@@ -219,27 +219,33 @@ def _local_documents(path: Path, split: Split, column: str) -> Dataset:
 
 
 def _with_text(dataset: Dataset, column: str, source: str) -> Dataset:
-    """The column alone, as `text`."""
+    """The column alone, as `text`: strings or chat messages."""
     names = dataset.column_names
     chosen = "messages" if column == "text" and column not in names and "messages" in names else column
     if chosen not in names:
         raise ValueError(
             f"documents: expected a column {column!r} in {source!r}, found {names}; name one with column= (--column)"
         )
+    first = _first_text(dataset[chosen])
+    if not isinstance(first, str) and not (
+        isinstance(first, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in first)
+    ):
+        raise ValueError(
+            f"documents: expected text, or chat messages with role and content, in the column {chosen!r} of "
+            f"{source!r}, found {str(first)[:80]!r}"
+        )
     dataset = dataset.select_columns([chosen])
     return dataset if chosen == "text" else dataset.rename_column(chosen, "text")
 
 
+def _first_text(rows: Iterable[object]) -> object:
+    return next((row for row in rows if row), "")
+
+
 def _in_text(dataset: Dataset, source: str, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
     """Rows of text as they are; rows of chat messages through the tokenizer's chat template, when they are read."""
-    first = next((row for row in dataset["text"] if row), "")
-    if isinstance(first, str):
+    if isinstance(_first_text(dataset["text"]), str):
         return dataset
-    if not (isinstance(first, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in first)):
-        raise ValueError(
-            f"documents: expected text, or chat messages with role and content, in the column of {source!r}, "
-            f"found {str(first)[:80]!r}"
-        )
     if getattr(tokenizer, "chat_template", None) is None:
         found = "no tokenizer" if tokenizer is None else "a tokenizer without one"
         raise ValueError(

@@ -32,6 +32,7 @@ from greedy_helpers.data import evaluation_tokens
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 DATA = README.parent / "data"
+CHATS = b"\n".join(b'{"messages": [{"role": "user", "content": "%d"}]}' % i for i in range(60))
 FEW = ["--calibration", "4", "--seq", "64"]
 
 
@@ -198,7 +199,7 @@ def refused(arguments, message, capsys):
     [
         ("latin.txt", "Größe und Maß".encode("latin-1"), "is not utf-8"),
         ("broken.jsonl", b'{"text": \n', "cannot be read as json"),
-        ("chats.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n' * 9, "chat template .* --column"),
+        ("chats.jsonl", CHATS, r"chat template, found a tokenizer without one; .* \(--column\)"),
         ("numbers.csv", b"text\n1\n2\n", "expected text, or chat messages"),
         ("other.csv", b"body,title\na,b\n", r"found \['body', 'title'\]; name one with column= \(--column\)"),
         ("missing.txt", None, "expected a text file at"),
