@@ -136,7 +136,8 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _check_device(*devices: str | None) -> None:
     for device in filter(None, devices):
         try:
-            torch.empty(0, device=device)
+            if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+                torch.empty(0, device=device)  # on a GPU it would take memory from the process that owns it
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"cannot use the device {device!r}: {error}") from error
 
