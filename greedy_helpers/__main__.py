@@ -126,7 +126,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     except FileNotFoundError:
         raise
     except Exception as error:  # transformers raises several classes, some of them with pages of text
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(" :")
         raise ValueError(
             f"{name!r} has no tokenizer that can be loaded; expected an embedded model ({', '.join(EMBEDDED)}), or a "
             f"folder or Hub id with a tokenizer ({reason})"
