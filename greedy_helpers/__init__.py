@@ -23,9 +23,8 @@ from .data import (
     calibration_tokens,
     default_sources,
     evaluation_tokens,
-    random_tokens,
-    self_generated_tokens,
 )
+from .data_free import random_tokens, self_generated_tokens
 from .discovery import discover
 from .evaluate import evaluate_text, generate_text, perplexity, read_text
 from .export import export_plain

@@ -13,15 +13,18 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
+from transformers import PreTrainedTokenizerBase
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from .checkpoint import MANIFEST, load_model, save_pruned
+from .allocation import check_ratio
+from .checkpoint import MANIFEST, load_model, load_tokenizer, save_pruned
 from .compare import Settings, frame, recipe_of, sweep
 from .course.choices import choice_tasks
 from .course.multiple_choice import multiple_choice
-from .data import calibration_tokens, default_sources, self_generated_tokens
-from .evaluate import evaluate_text, generate_text, read_text
+from .data import EMBEDDED, calibration_tokens, default_sources
+from .data_free import self_generated_tokens
+from .evaluate import Text, evaluate_text, generate_text, read_text, window_starts
 from .large import distributed
 from .pruning import prune as prune_model
 from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
@@ -52,18 +55,30 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> None:
         try:
             found, words = super().invoke(ctx)
-        except _REFUSALS as error:
-            typer.echo(f"{ctx.invoked_subcommand}: {error}", err=True)
+        except Exception as error:
+            if ctx.params["debug"] or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+                raise  # exit_code: typer's own
+            typer.echo(f"{ctx.invoked_subcommand}: {_sentence(error)}", err=True)
             raise typer.Exit(1) from error
         if os.environ.get("RANK", "0") == "0":  # of several processes only one speaks
             typer.echo(json.dumps(found, indent=1) if ctx.params["json"] else words)
+
+
+def _sentence(error: Exception) -> str:
+    """An error's message and notes on one line; its class too, if the message was not written for the reader."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is a repr
+    words = " ".join(" ".join([str(message), *getattr(error, "__notes__", ())]).split())
+    return words if words and isinstance(error, _REFUSALS) else f"{type(error).__name__}: {words} (--debug shows where)"
 
 
 app = typer.Typer(cls=_Commands, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.callback(epilog=_EXAMPLES)
-def _group(json: Annotated[bool, Option("--json", help="print the result as one JSON object")] = False) -> None:
+def _group(
+    json: Annotated[bool, Option("--json", help="print the result as one JSON object")] = False,
+    debug: Annotated[bool, Option("--debug", help="show where an error comes from")] = False,
+) -> None:
     """Prune large language models without retraining."""
 
 
@@ -92,6 +107,7 @@ _Blocks = Option(parser=_blocks, metavar="FIRST:END", help="prune these only, e.
 _Calibration = Annotated[int, Option(help="windows to calibrate on")]
 _Seq = Annotated[int, Option(help="tokens per window")]
 _Several = Option(help="repeatable")
+_Column = Annotated[str, Option(help="of a table of texts or of chat messages; default: text, else messages")]
 
 
 _RECIPES = {"recommended": RECOMMENDED, "paper": PAPER, "flap": FLAP, "osscar": OSSCAR}
@@ -102,6 +118,28 @@ def _recipe(name: str, seed: int, **given: str | float | None) -> Recipe:
     """A recipe by name, with what the other options say instead."""
     recipe = replace(_RECIPES[name], **{key: value for key, value in given.items() if value is not None})
     return recipe_of({**recipe.names, "seed": seed}, recipe.damp)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(name)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # transformers raises several classes, some of them with pages of text
+        reason = str(error).strip().partition("\n")[0].rstrip(" :")
+        raise ValueError(
+            f"{name!r} has no tokenizer that can be loaded; expected an embedded model ({', '.join(EMBEDDED)}), or a "
+            f"folder or Hub id with a tokenizer ({reason})"
+        ) from error
+
+
+def _check_device(*devices: str | None) -> None:
+    for device in filter(None, devices):
+        try:
+            if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+                torch.empty(0, device=device)  # on a GPU it would take memory from the process that owns it
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"cannot use the device {device!r}: {error}") from error
 
 
 @app.command()
@@ -119,6 +157,7 @@ def prune(
     calibration: _Calibration = 64,
     seq: _Seq = 256,
     source: Annotated[str | None, Option(help="code, prose, code+prose, self-generated, a file, a Hub dataset")] = None,
+    column: _Column = "text",
     seed: Annotated[int, Option(help="of the calibration windows and of random scores")] = 0,
     device: str | None = None,
     batch_size: Annotated[int | None, Option(help="windows per forward pass; default: 4,096 tokens")] = None,
@@ -131,13 +170,18 @@ def prune(
     method = _recipe(recipe, seed, criterion=criterion, remedy=remedy, allocation=allocation, damp=damp)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; pass --overwrite to replace it")
+    if lazy and work_dir is None:
+        raise ValueError("--lazy needs a --work-dir for the pruned blocks")
+    check_ratio(ratio)
+    _check_device(device, store)
     place = distributed.start(device)
-    whole, tokenizer = load_model(model, place, dtype and getattr(torch, dtype), lazy=lazy)
     source = source or "+".join(default_sources(model).values())
+    if source != "self-generated":  # before the weights are loaded, as most mistakes are about text
+        tokens = calibration_tokens(_tokenizer(model), calibration, seq, source, seed, column)
+    whole, tokenizer = load_model(model, place, dtype and getattr(torch, dtype), lazy=lazy)
     if source == "self-generated":
-        tokens = self_generated_tokens(whole, tokenizer, calibration, seq, seed=seed)
-    else:
-        tokens = calibration_tokens(tokenizer, calibration, seq, source, seed)
+        start = "random" if tokenizer is None else "separator"
+        tokens = self_generated_tokens(whole, tokenizer, calibration, seq, start=start, seed=seed)
     how = {"blocks": blocks, "batch_size": batch_size, "work_dir": work_dir, "store": store}
     if lazy:  # the embeddings are in the CPU's memory, the blocks come to the device
         how["device"] = place or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,18 +201,24 @@ def evaluate(
     seq: _Seq = 256,
     stride: Annotated[int | None, Option(help="tokens from window to window; default: --seq, no overlap")] = None,
     sources: Annotated[list[str] | None, Option(help="code, prose, ptb, c4, a file, a Hub dataset; repeatable")] = None,
+    column: _Column = "text",
     choices: Annotated[int | None, Option(min=2, help="also so many multiple-choice items per held-out text")] = None,
     tasks: Annotated[list[str] | None, Option(help="also a task of lm_eval, or a YAML file; repeatable")] = None,
     limit: Annotated[int | None, Option(help="items per task of lm_eval; default: all")] = None,
     device: str | None = None,
 ) -> tuple[dict, str]:
     """Perplexity, accuracy and parameters of models, dense or pruned."""
-    found = {}
+    if choices is not None and column != "text":
+        raise ValueError(f"--choices are made from the column 'text' only, found --column {column}")
+    _check_device(device)
+    found, asked = {}, {name: _texts(name, sources, column) for name in models}
+    for texts in asked.values():
+        for _, text in texts.values():
+            window_starts(text, seq, stride, windows)  # refuses what the text does not hold
     for name in models:
+        named = {label: source for label, (source, _) in asked[name].items()}
         model, tokenizer = load_model(name, device)
-        base = name if not Path(name).is_dir() else _base_of(Path(name))
-        named = {source: source for source in sources} if sources else default_sources(base)
-        texts = {label: read_text(tokenizer, source) for label, source in named.items()}
+        texts = {label: text for label, (_, text) in asked[name].items()}
         scores = {label: evaluate_text(model, text, seq, stride, windows) for label, text in texts.items()}
         row = {"texts": {label: score.to_dict() for label, score in scores.items()}}
         row["parameters"] = count_parameters(model)
@@ -180,6 +230,14 @@ def evaluate(
             row["tasks"] = table.where(table.notna(), None).to_dict("index")  # JSON has no NaN
         found[name] = row
     return found, "\n".join(_in_words(name, row) for name, row in found.items())
+
+
+def _texts(name: str, sources: Sequence[str] | None, column: str) -> dict[str, tuple[str, Text]]:
+    """What to judge a model by: label -> (source, text)."""
+    base = name if not Path(name).is_dir() else _base_of(Path(name))
+    named = {source: source for source in sources} if sources else default_sources(base)
+    tokenizer = _tokenizer(name)
+    return {label: (source, read_text(tokenizer, source, column=column)) for label, source in named.items()}
 
 
 def _base_of(folder: Path) -> str:
@@ -209,6 +267,10 @@ def compare(
 ) -> tuple[dict, str]:
     """A grid of recipes, resumable: repeat the command to go on."""
     recipes = [Recipe(criterion, remedy) for criterion in criteria for remedy in remedies]
+    for ratio in ratios:
+        check_ratio(ratio)
+    for name in models:
+        _tokenizer(name)  # refuses what has none
     found = sweep(out, models, recipes, ratios, seeds, Settings(calibration, windows, seq, source))
     columns = ["model", "ratio", "method", "seed", *next(iter(found["dense"].values())), "blocks left", "seconds"]
     return found, frame(found)[columns].to_string(index=False, float_format="{:.3f}".format)
@@ -224,6 +286,8 @@ def generate(
     device: str | None = None,
 ) -> tuple[dict, str]:
     """Let a model continue a prompt."""
+    _check_device(device)
+    _tokenizer(model)  # refuses what has none
     found, tokenizer = load_model(model, device)
     text = generate_text(found, tokenizer, prompt, tokens, temperature=temperature, seed=seed)
     return {"text": text}, text

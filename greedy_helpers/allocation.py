@@ -6,6 +6,7 @@ Ratios are of units by default; budgets are counted in parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,8 @@ def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int, *, multiple
             they have. Matrix kernels work in tiles: in half precision tensor cores are most efficient on widths that
             are multiples of 8, on an A100 of 64 (NVIDIA, *Matrix Multiplication Background User's Guide*). Heads stay
             as they are: each comes with its whole dimension, a power of two in most models.
-            With wide steps a plan can remove far more than `n_parameters`: :func:`removed_parameters` says how much.
+            With wide steps a plan can remove far more than `n_parameters`: :func:`removed_parameters` says how much. A
+            warning names the FFNs that a step wider than their share leaves whole, as the heads pay for them.
 
     Raises:
         ValueError: the modules together do not have that many without losing their last units; or a multiple below 1.
@@ -109,7 +111,19 @@ def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int, *, multiple
         low, high = (middle, high) if removed_parameters(modules, plan_of(middle)) < n_parameters else (low, middle)
     plan = plan_of(high)
     _check_enough(modules, plan, n_parameters)
+    _warn_of_whole_ffns(modules, plan, high, multiple)
     return plan
+
+
+def _warn_of_whole_ffns(modules: Sequence[Depth2Module], plan: Plan, ratio: float, multiple: int) -> None:
+    whole = [m for m in modules if plan[m.name] == m.n_units > _n_kept(m.n_units, ratio, 1) and m.kind != "attention"]
+    if whole and any(plan[m.name] < m.n_units for m in modules):
+        warnings.warn(
+            f"uniform_plan: multiples of {multiple} channels leave {whole[0].name} whole, with {whole[0].n_units}"
+            f"{f', and {len(whole) - 1} more' if len(whole) > 1 else ''}: the other modules lose {ratio:.0%} of their "
+            "units instead; use a smaller multiple",
+            stacklevel=3,
+        )
 
 
 def _n_kept(n_units: int, ratio: float, multiple: int) -> int:

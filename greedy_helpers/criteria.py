@@ -361,7 +361,7 @@ def taylor_scores(
     """
     if kind not in ("vector", "element1", "element2", "mix"):
         raise ValueError(f"taylor_scores: expected kind 'vector', 'element1', 'element2' or 'mix', found {kind!r}")
-    check_tokens(model, tokens)
+    check_tokens(model, tokens, packed=True)
     modules = depth2_modules(model)
     weights = {group.path: group.linear.weight for module in modules for group in module.groups}
     if absent := next((path for path, weight in weights.items() if weight.is_meta), None):

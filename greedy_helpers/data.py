@@ -7,23 +7,26 @@ of either domain.
 
 Every source is named by one string:
 
-| source                                         | what it is                                                      |
-|------------------------------------------------|-----------------------------------------------------------------|
-| `"code"`, `"prose"`                            | the two domains of :func:`python_corpus`                        |
-| `"ptb"`, `"c4"`                                | Penn Treebank, one shard of C4 (see :data:`PUBLISHED`)          |
-| `"org/dataset"`, `"org/dataset:cfg"`           | a Hub dataset, e.g. `"Salesforce/wikitext:wikitext-2-raw-v1"`   |
-| a path ending in .txt .md .jsonl .csv .parquet | a local file, split by a hash of each paragraph or row          |
+| source                                               | what it is                                                    |
+|------------------------------------------------------|---------------------------------------------------------------|
+| `"code"`, `"prose"`                                  | the two domains of :func:`python_corpus`                      |
+| `"ptb"`, `"c4"`                                      | Penn Treebank, one shard of C4 (see :data:`PUBLISHED`)        |
+| `"org/dataset"`, `"org/dataset:cfg"`                 | a Hub dataset, e.g. `"Salesforce/wikitext:wikitext-2-raw-v1"` |
+| a path ending in .txt .md .json .jsonl .csv .parquet | a local file, split by a hash of each paragraph or row        |
+
+Every window starts with what the model's tokenizer itself puts in front of a text: a begin-of-text token for Llama and
+Gemma, nothing for GPT-2 and the embedded models.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
+import json
 import math
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -32,7 +35,9 @@ from typing import Literal
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from .text_files import FORMATS, read_rows
 
 Split = Literal["train", "test"]
 EMBEDDED = ("llama-mini", "gpt2-mini")  # the models in data/, trained on this file's own corpus
@@ -65,7 +70,8 @@ _SKIPPED_FOLDERS = frozenset(
     "turtledemo".split()
 )
 _MIN_CHARACTERS = 200  # shorter files are little more than an import line
-_LOCAL_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Between pre-training documents. A chat model's end-of-text token may end a turn instead: SmolLM2's is <|im_end|>.
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 
 
 def is_held_out(name: str) -> bool:
@@ -146,22 +152,33 @@ def docstrings(source: str, min_characters: int = 80) -> str:
     return "\n\n".join(text for text in texts if text and len(text) >= min_characters)
 
 
-def documents(source: str = "code", split: Split = "train", column: str = "text") -> Dataset:
+def documents(
+    source: str = "code",
+    split: Split = "train",
+    column: str = "text",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Dataset:
     """The documents of any source as a Dataset with a column `text` (see the table at the top of this file).
 
     WikiText's rows are lines; they are joined with blank lines into one document, the convention behind every published
     WikiText-2 perplexity. Local files have no split of their own: :func:`is_held_out` of a paragraph's or row's text
     decides.
 
+    Args:
+        column: of a table, with text or chat messages (lists of role and content). A table without the column `text`
+            is read from `messages`.
+        tokenizer: its chat template makes text of chat messages.
+
     Raises:
-        ValueError: the source has no such column, or nothing is left on that side of the split.
+        ValueError: the source has no such column, it holds something else, a local file is damaged or not in a Unicode
+            encoding, nothing is left on that side of the split, or there is no chat template for chat messages.
         FileNotFoundError: a local path that does not exist.
         ConnectionError: a Hub dataset that is neither cached nor reachable.
     """
     if source in ("code", "prose"):
         return python_corpus(split, source)
-    if Path(source).suffix in _LOCAL_FORMATS:
-        return _local_documents(Path(source), split, column)
+    if Path(source).suffix.lower() in FORMATS or Path(source).is_file():
+        return _in_text(_local_documents(Path(source), split, column), source, tokenizer)
     if source in PUBLISHED:
         known = PUBLISHED[source]
         arguments, column, join = known[split] | {"split": "train"}, known["column"], known["join"]
@@ -174,13 +191,13 @@ def documents(source: str = "code", split: Split = "train", column: str = "text"
     except Exception as error:  # datasets raises a different class for each way of being offline
         raise ConnectionError(
             f"documents: could not load the dataset {source!r}, split {split!r} ({type(error).__name__}: {error}). "
-            "Expected 'code', 'prose', a local .txt/.md/.jsonl/.csv/.parquet file, or 'ptb', 'c4' or a Hub dataset "
+            f"Expected 'code', 'prose', a local {'/'.join(FORMATS)} file, or 'ptb', 'c4' or a Hub dataset "
             "that is cached or reachable; offline, 'code' and 'prose' always work"
         ) from error
-    _require_column(dataset, column, source)
+    dataset = _with_text(dataset, column, source)
     if join is not None:
-        return Dataset.from_dict({"text": [join.join(dataset[column])]})
-    return dataset.rename_column(column, "text") if column != "text" else dataset
+        return Dataset.from_dict({"text": [join.join(dataset["text"])]})
+    return _in_text(dataset, source, tokenizer)
 
 
 def default_sources(model_name: str) -> dict[str, str]:
@@ -191,44 +208,87 @@ def default_sources(model_name: str) -> dict[str, str]:
 
 
 def _local_documents(path: Path, split: Split, column: str) -> Dataset:
-    if not path.is_file():
-        raise FileNotFoundError(f"documents: expected a text file at {path}, found nothing there")
-    builder = _LOCAL_FORMATS[path.suffix]
-    options = {"sample_by": "paragraph"} if builder == "text" else {}
-    dataset = load_dataset(builder, data_files=str(path), split="train", **options)
-    column = "text" if builder == "text" else column
-    _require_column(dataset, column, str(path))
-    texts = [text for text in dataset[column] if text and is_held_out(text) == (split == "test")]
+    dataset = read_rows(path)
+    rows = _with_text(dataset, "text" if FORMATS[path.suffix.lower()] == "text" else column, str(path))["text"]
+    # what a conversation is rendered to depends on the tokenizer, its side of the split must not
+    names = (row if isinstance(row, str) else json.dumps(row, sort_keys=True) for row in rows)
+    texts = [row for row, name in zip(rows, names, strict=True) if row and is_held_out(name) == (split == "test")]
     if not texts:
         raise ValueError(f"documents: {path} has {len(dataset)} paragraphs or rows, none of them in split {split!r}")
     return Dataset.from_dict({"text": texts})
 
 
-def _require_column(dataset: Dataset, column: str, source: str) -> None:
-    if column not in dataset.column_names:
-        raise ValueError(f"documents: expected a column {column!r} in {source!r}, found {dataset.column_names}")
+def _with_text(dataset: Dataset, column: str, source: str) -> Dataset:
+    """The column alone, as `text`: strings or chat messages."""
+    names = dataset.column_names
+    chosen = "messages" if column == "text" and column not in names and "messages" in names else column
+    if chosen not in names:
+        raise ValueError(
+            f"documents: expected a column {column!r} in {source!r}, found {names}; name one with column= (--column)"
+        )
+    first = _first_text(dataset[chosen])
+    if not isinstance(first, str) and not (
+        isinstance(first, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in first)
+    ):
+        raise ValueError(
+            f"documents: expected text, or chat messages with role and content, in the column {chosen!r} of "
+            f"{source!r}, found {str(first)[:80]!r}"
+        )
+    dataset = dataset.select_columns([chosen])
+    return dataset if chosen == "text" else dataset.rename_column(chosen, "text")
 
 
-def pack(token_ids: Iterable[list[int]], seq: int, separator: int | None = None) -> tuple[Tensor, Tensor]:
+def _first_text(rows: Iterable[object]) -> object:
+    return next((row for row in rows if row), "")
+
+
+def _in_text(dataset: Dataset, source: str, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
+    """Rows of text as they are; rows of chat messages through the tokenizer's chat template, when they are read."""
+    if isinstance(_first_text(dataset["text"]), str):
+        return dataset
+    if getattr(tokenizer, "chat_template", None) is None:
+        found = "no tokenizer" if tokenizer is None else "a tokenizer without one"
+        raise ValueError(
+            f"documents: {source!r} holds chat messages, which need a tokenizer's chat template, found {found}; "
+            "name a column of plain text with column= (--column)"
+        )
+
+    def render(messages: list[dict]) -> str:
+        try:  # tables fill what a message does not have with None
+            messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # templates are programs
+            raise ValueError(f"documents: the chat template refuses a conversation of {source!r}: {error}") from error
+
+    return dataset.with_transform(lambda batch: {"text": [row and render(row) for row in batch["text"]]})
+
+
+def pack(
+    token_ids: Iterable[list[int]], seq: int, separator: int | None = None, prefix: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """Cut documents of token ids into windows without padding and without losing a token.
 
-    The documents are laid end to end, each preceded by `separator` (if given), and cut every `seq` tokens. Padding
-    would put positions into the calibration statistics that no reader ever writes.
+    The documents are laid end to end, each preceded by `separator` (if given), and cut so that every window has `seq`
+    tokens, `prefix` included, with which it starts. Padding would put positions into the calibration statistics that no
+    reader ever writes.
 
     Returns:
         windows: long [n, seq].
-        rest: long [r], r < seq: the tokens after the last full window. `windows.flatten()` and `rest` are the stream.
+        rest: long [r], r < seq: the tokens after the last full window. The windows behind their prefix, flattened, and
+            `rest` are the stream.
 
     Raises:
-        ValueError: `seq` is below 2.
+        ValueError: `seq` is below 2 or leaves no room behind the prefix.
     """
-    if seq < 2:
-        raise ValueError(f"pack: expected windows of at least 2 tokens, found seq={seq}")
+    body = seq - len(prefix)
+    if seq < 2 or body < 1:
+        raise ValueError(f"pack: expected windows of at least {max(2, len(prefix) + 1)} tokens, found seq={seq}")
     head = [] if separator is None else [separator]
     parts = [torch.tensor([*head, *ids], dtype=torch.long) for ids in token_ids]
     stream = torch.cat([torch.empty(0, dtype=torch.long), *parts])
-    n = len(stream) // seq
-    return stream[: n * seq].view(n, seq), stream[n * seq :]
+    n = len(stream) // body
+    starts = torch.tensor(prefix, dtype=torch.long).expand(n, -1)
+    return torch.cat([starts, stream[: n * body].view(n, body)], dim=1), stream[n * body :]
 
 
 def _packed_windows(
@@ -237,23 +297,43 @@ def _packed_windows(
     """Windows [n, seq] of tokenized texts; stops reading once `enough` tokens are there."""
 
     def token_ids() -> Iterator[list[int]]:
-        remaining, seen = iter(texts), 0
+        remaining, seen = (text for text in texts if text is not None), 0
         while seen < enough and (batch := list(islice(remaining, 32))):
             # verbose=False: documents are meant to be longer than the model's context; pack() cuts them.
             for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 seen += len(ids) + 1
                 yield ids
 
-    return pack(token_ids(), seq, separator_id(tokenizer))[0]
+    prefix = prefix_ids(tokenizer)
+    return pack(token_ids(), seq, separator_id(tokenizer), prefix)[0]
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token between packed documents: end-of-text where the tokenizer has one, else beginning-of-text."""
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    """The token between packed documents: that of pre-training where it has a known name, else eos, else bos."""
+    vocabulary = tokenizer.get_vocab()
+    candidates = [*map(vocabulary.get, _SEPARATORS), tokenizer.eos_token_id, tokenizer.bos_token_id]
+    return next((token for token in candidates if token is not None), None)
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts in front of a text: a begin-of-text token, or nothing.
+
+    Raises:
+        TypeError: no tokenizer.
+    """
+    if tokenizer is None:
+        raise TypeError("expected the model's tokenizer, found None: its folder has none; pass the base model's")
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
 
 def calibration_tokens(
-    tokenizer: PreTrainedTokenizerBase, n: int = 128, seq: int = 128, source: str = "code", seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 128,
+    seq: int = 128,
+    source: str = "code",
+    seed: int = 0,
+    column: str = "text",
 ) -> Tensor:
     """`n` random windows of the training split: long [n, seq] on the CPU.
 
@@ -263,9 +343,11 @@ def calibration_tokens(
 
     Args:
         source: one text source, or several joined by `+` (`"code+prose"`), whose windows come in turn.
+        column: of text or chat messages, see :func:`documents`.
 
     Raises:
-        ValueError: the source holds fewer than `n` windows of `seq` tokens.
+        ValueError: the source holds fewer than `n` windows of `seq` tokens; and as :func:`documents`.
+        TypeError: no tokenizer.
     """
     if n < 1:
         raise ValueError(f"calibration_tokens: expected at least 1 window, found n={n}")
@@ -273,10 +355,11 @@ def calibration_tokens(
     if len(sources) > 1:
         k = len(sources)
         sizes = [len(range(first, n, k)) for first in range(min(n, k))]
-        parts = [calibration_tokens(tokenizer, m, seq, one, seed) for m, one in zip(sizes, sources, strict=False)]
+        pairs = zip(sizes, sources, strict=False)
+        parts = [calibration_tokens(tokenizer, m, seq, one, seed, column) for m, one in pairs]
         return torch.stack([parts[i % k][i // k] for i in range(n)])
     generator = torch.Generator().manual_seed(seed)
-    texts = documents(source, "train")["text"]
+    texts = documents(source, "train", column, tokenizer)["text"]
     order = torch.randperm(len(texts), generator=generator).tolist()
     windows = _packed_windows(tokenizer, (texts[i] for i in order), seq, enough=16 * n * seq)
     if len(windows) < n:
@@ -293,6 +376,7 @@ def evaluation_tokens(
     seq: int = 256,
     source: str = "code",
     part: Literal["test", "validation"] = "test",
+    column: str = "text",
 ) -> Tensor:
     """Windows of the held-out split: long [n, seq] on the CPU.
 
@@ -305,7 +389,7 @@ def evaluation_tokens(
     """
     if n is not None and n < 1:
         raise ValueError(f"evaluation_tokens: expected at least 1 window, found n={n}")
-    windows = _packed_windows(tokenizer, documents(source, "test")["text"], seq)
+    windows = _packed_windows(tokenizer, documents(source, "test", column, tokenizer)["text"], seq)
     available, validation = len(windows), part == "validation"
     needed = 1 if n is None else n * (1 + validation)
     if available < needed:
@@ -317,117 +401,3 @@ def evaluation_tokens(
     if n is None:
         return windows
     return windows[(torch.arange(n) * available + validation * (available // 2)) // n]
-
-
-# --- calibration without data (paper, sec. 4 and appendix D)
-
-
-def random_tokens(vocabulary: int | PreTrainedModel, n: int = 16, seq: int = 128, seed: int = 0) -> Tensor:
-    """Uniformly random token ids: long [n, seq] on the CPU.
-
-    What the paper takes Sigma from when there is no data (appendix D): it shows the model's input at its most random.
-
-    Args:
-        vocabulary: the number of token ids, or a model.
-    """
-    if not isinstance(vocabulary, int):
-        vocabulary = vocabulary.get_input_embeddings().num_embeddings
-    if n < 1 or seq < 2 or vocabulary < 1:
-        raise ValueError(f"random_tokens: expected n >= 1, seq >= 2, vocabulary >= 1, found {n}, {seq}, {vocabulary}")
-    return torch.randint(vocabulary, (n, seq), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def self_generated_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    n: int = 128,
-    seq: int = 128,
-    *,
-    start: Literal["separator", "random"] = "separator",
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Tensor:
-    """Text that the model writes itself, to calibrate on when there is no other: long [n, seq] on the CPU.
-
-    Sampled with a KV cache, all windows of a batch side by side. An end-of-text token is a token like any other: what
-    follows it is the next document, as in packed text. The draws are made per window, so the batch size changes
-    nothing but rounding.
-
-    Args:
-        start: the first token of every window: the tokenizer's separator, or a random token of the vocabulary.
-        temperature: 1 samples from the model's own distribution; lower is less varied.
-        top_k: sample among the k likeliest tokens only; None: all.
-        seed: of the draws.
-
-    Raises:
-        ValueError: longer than the model's context, temperature <= 0, or a separator asked for where there is none.
-        FloatingPointError: NaN or Inf in the logits.
-    """
-    context = getattr(model.config, "max_position_embeddings", None) or seq
-    if n < 1 or not 2 <= seq <= context:
-        raise ValueError(f"self_generated_tokens: expected n >= 1 and 2 <= seq <= {context}, found n={n}, seq={seq}")
-    if not temperature > 0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"self_generated_tokens: expected temperature > 0 and top_k >= 1, found {temperature} and {top_k}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    if start == "separator":
-        first = None if tokenizer is None else separator_id(tokenizer)
-        if first is None:
-            raise ValueError("self_generated_tokens: this tokenizer has no separator to start from; use start='random'")
-        begin = torch.full((n, 1), first)
-    elif start == "random":
-        begin = torch.randint(model.get_input_embeddings().num_embeddings, (n, 1), generator=generator)
-    else:
-        raise ValueError(f"self_generated_tokens: expected start 'separator' or 'random', found {start!r}")
-    draws = torch.rand(n, seq - 1, generator=generator, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
-        parts = [
-            _sample(model, tokens.to(model.device), uniform.to(model.device), temperature, top_k)
-            for tokens, uniform in zip(begin.split(batch_size), draws.split(batch_size), strict=True)
-        ]
-    finally:
-        model.train(was_training)
-    return torch.cat(parts).cpu()
-
-
-def forward_cached(
-    model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None, **options: int
-) -> tuple[Tensor, Cache]:
-    """Logits [batch, seq, vocabulary] of `tokens` (long [batch, seq]) behind what is in `cache`, and the longer cache.
-
-    Args:
-        cache: what an earlier call returned; it may be extended in place. None: nothing comes before.
-        options: further arguments of the model's forward.
-    """
-    name = _cache_argument(type(model))
-    output = model(input_ids=tokens, use_cache=True, **{name: cache}, **options)
-    return output.logits, getattr(output, name)
-
-
-@lru_cache
-def _cache_argument(model_class: type[PreTrainedModel]) -> str:
-    """What the class's forward calls its KV cache: `cache` from transformers 5.24 on, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
-
-
-def _sample(model: PreTrainedModel, tokens: Tensor, draws: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """Continue tokens [batch, 1] by a token per column of `draws` (uniform in [0, 1)): inverts the distribution."""
-    cache, latest = None, tokens
-    for draw in draws.T:
-        logits, cache = forward_cached(model, latest, cache)
-        logits = logits[:, -1].double() / temperature
-        if not logits.isfinite().all():
-            raise FloatingPointError(f"self_generated_tokens: {type(model).__name__} returned NaN or Inf logits")
-        if top_k is not None and top_k < logits.shape[1]:
-            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-        cumulative = logits.softmax(-1).cumsum(-1)
-        latest = torch.searchsorted(cumulative, (draw * cumulative[:, -1])[:, None], right=True)
-        latest = latest.clamp(max=logits.shape[1] - 1)
-        tokens = torch.cat([tokens, latest], dim=1)
-    return tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Split, documents, separator_id
+from .data import Split, documents, prefix_ids, separator_id
 from .structure import check_tokens, input_device
 
 
@@ -43,7 +43,7 @@ def token_losses(model: PreTrainedModel, tokens: Tensor, batch_size: int = 16) -
     Raises:
         As :func:`perplexity`.
     """
-    check_tokens(model, tokens)
+    check_tokens(model, tokens, packed=True)
     was_training = model.training
     model.eval()
     try:
@@ -65,42 +65,58 @@ class Text:
     Attributes:
         ids: long [t]: the documents end to end, each behind a separator (where the tokenizer has one).
         document: long [t], the number of the document.
-        size: long [t], how many bytes of the document's UTF-8 the token stands for (separators: 0).
+        size: long [t], how many bytes of the document's UTF-8 the token stands for (separators: 0); None if the
+            tokenizer cannot say.
+        prefix: ids and names of the tokens that every window starts with, as the tokenizer's texts do.
     """
 
     ids: Tensor
     document: Tensor
-    size: Tensor
+    size: Tensor | None
+    prefix: Sequence[tuple[int, str]] = ()
 
 
-def read_text(tokenizer: PreTrainedTokenizerBase, source: str = "code", split: Split = "test") -> Text:
+def read_text(
+    tokenizer: PreTrainedTokenizerBase, source: str = "code", split: Split = "test", column: str = "text"
+) -> Text:
     """One side of a text source (see :mod:`greedy_helpers.data`), tokenized once and ready to be scored.
 
+    Only "fast" tokenizers say which characters a token stands for: with another there are no bits per byte.
+
     Raises:
-        ValueError: the tokenizer cannot say which characters a token stands for (only "fast" tokenizers can).
-            Otherwise as :func:`~greedy_helpers.data.documents`.
+        TypeError: no tokenizer.
+        Otherwise as :func:`~greedy_helpers.data.documents`.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"read_text: expected a fast tokenizer, which counts characters; found {type(tokenizer)}")
+    prefix = prefix_ids(tokenizer)
     separator = separator_id(tokenizer)
+    head = [] if separator is None else [separator]
     ids, document, size = [], [], []
-    for number, text in enumerate(documents(source, split)["text"]):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = [end for _, end in encoded["offset_mapping"]]
-        if not ends:
+    for number, text in enumerate(documents(source, split, column, tokenizer)["text"]):
+        if not text:
             continue
-        # What a token stands for begins where the one before it ended (offsets may leave blanks out), and the last
-        # takes what is left. A character that is spread over several tokens counts with the first of them.
-        ends[-1] = len(text)
-        ends = torch.tensor(ends).cummax(0).values
-        bytes_up_to = torch.tensor([0, *accumulate(len(character.encode("utf-8", "replace")) for character in text)])
-        head = [] if separator is None else [separator]
+        offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False, **offsets)
+        if not encoded["input_ids"]:
+            continue
         ids.append(torch.tensor(head + encoded["input_ids"]))
-        size.append(bytes_up_to[ends].diff(prepend=torch.zeros(1 + len(head), dtype=torch.long)))
         document.append(torch.full((len(ids[-1]),), number))
+        if tokenizer.is_fast:
+            size += [torch.zeros(len(head), dtype=torch.long), _bytes_of(text, encoded["offset_mapping"])]
     if not ids:
         raise ValueError(f"read_text: no text in split {split!r} of {source!r}")
-    return Text(torch.cat(ids), torch.cat(document), torch.cat(size))
+    names = [(token, tokenizer.convert_ids_to_tokens(token)) for token in prefix]
+    return Text(torch.cat(ids), torch.cat(document), torch.cat(size) if size else None, names)
+
+
+def _bytes_of(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor:
+    """How many bytes of the UTF-8 of `text` each token stands for: long [t].
+
+    A token begins where the one before it ended (offsets may leave blanks out), and the last takes what is left. A
+    character that is spread over several tokens counts with the first of them.
+    """
+    ends = torch.tensor([end for _, end in offsets[:-1]] + [len(text)]).cummax(0).values
+    bytes_up_to = torch.tensor([0, *accumulate(len(character.encode("utf-8", "replace")) for character in text)])
+    return bytes_up_to[ends].diff(prepend=torch.zeros(1, dtype=torch.long))
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,9 @@ class TextScore:
         seq, stride, windows: how the text was cut, see :func:`evaluate_text`.
         clusters: what the standard error treats as independent: `"documents"`, or `"windows"` where there are fewer
             than ten documents.
-        nats, targets, size: per cluster: summed negative log-likelihood (float64), predicted tokens, and their bytes.
+        nats, targets, size: per cluster: summed negative log-likelihood (float64), predicted tokens, and their bytes
+            (None if the tokenizer does not count them).
+        prefix: the tokens that every window starts with, in words; none of them is predicted.
     """
 
     seq: int
@@ -120,7 +138,8 @@ class TextScore:
     clusters: Literal["documents", "windows"]
     nats: Tensor = field(repr=False)
     targets: Tensor = field(repr=False)
-    size: Tensor = field(repr=False)
+    size: Tensor | None = field(repr=False)
+    prefix: str = ""
 
     @property
     def tokens(self) -> int:
@@ -137,9 +156,12 @@ class TextScore:
         return math.exp(self.loss)
 
     @property
-    def bits_per_byte(self) -> float:
-        """Bits needed per byte of text: comparable between tokenizers, which perplexity per token is not."""
-        return (self.nats.sum() / self.size.sum()).item() / math.log(2)
+    def bits_per_byte(self) -> float | None:
+        """Bits needed per byte of text: comparable between tokenizers, which perplexity per token is not.
+
+        None if the tokenizer does not say how many bytes its tokens stand for.
+        """
+        return None if self.size is None else (self.nats.sum() / self.size.sum()).item() / math.log(2)
 
     @property
     def loss_error(self) -> float:
@@ -159,20 +181,22 @@ class TextScore:
         Raises:
             ValueError: the two were not scored on the same tokens.
         """
-        if not (self.targets.equal(other.targets) and self.size.equal(other.size)):
+        sizes = [score.targets if score.size is None else score.size for score in (self, other)]
+        if not (self.targets.equal(other.targets) and sizes[0].equal(sizes[1])):
             raise ValueError("TextScore.minus: expected two scores of the same windows of the same text")
         return self.loss - other.loss, _bootstrap(self.nats - other.nats, self.targets)
 
     def __str__(self) -> str:
+        bits = "" if self.size is None else f", {self.bits_per_byte:.3f} bits per byte"
+        start = f", each behind {self.prefix}" if self.prefix else ""
         return (
-            f"perplexity {self.perplexity:.2f} +- {self.perplexity_error:.2f}, {self.bits_per_byte:.3f} bits per byte "
-            f"({self.tokens:,} tokens in {self.windows} windows of {self.seq}, stride {self.stride}; "
-            f"{len(self.nats)} {self.clusters})"
+            f"perplexity {self.perplexity:.2f} +- {self.perplexity_error:.2f}{bits} ({self.tokens:,} tokens in "
+            f"{self.windows} windows of {self.seq}{start}, stride {self.stride}; {len(self.nats)} {self.clusters})"
         )
 
-    def to_dict(self) -> dict[str, float | int | str]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """The numbers, without the tensors: ready for JSON."""
-        names = "perplexity perplexity_error bits_per_byte loss loss_error tokens windows seq stride clusters"
+        names = "perplexity perplexity_error bits_per_byte loss loss_error tokens windows seq stride clusters prefix"
         return {name: getattr(self, name) for name in names.split()}
 
 
@@ -200,36 +224,60 @@ def evaluate_text(
     tokens of each are counted (of the first window: all), so that every counted token has at least `seq - stride`
     tokens of context: a lower number for the same model.
 
+    A window starts with the text's prefix, where its tokenizer has one. The prefix counts in `seq`, and so it shortens
+    the longest stride, but it is never predicted.
+
     Args:
         seq: tokens per window; windows: how many, evenly spaced, None for all.
 
     Raises:
-        ValueError: a stride outside [1, seq], a text shorter than one window or than `windows` of them; and as
-            :func:`perplexity`.
+        TypeError: no :class:`Text`.
+        ValueError: see :func:`window_starts`; and as :func:`perplexity`.
     """
-    stride = seq if stride is None else stride
-    if not 1 <= stride <= seq or seq < 2:
-        raise ValueError(f"evaluate_text: expected seq >= 2 and a stride in [1, seq], found seq={seq}, stride={stride}")
-    available = max(0, (len(text.ids) - seq) // stride + 1)
+    starts, stride = window_starts(text, seq, stride, windows)
+    n, prefix = len(starts), torch.tensor([token for token, _ in text.prefix], dtype=torch.long)
+    body = seq - len(prefix)
+    n_targets = min(body, seq - 1)  # of a window: its first token has no context
+    places = starts[:, None] + torch.arange(body)
+    counted = torch.zeros(n, n_targets, dtype=torch.bool)
+    counted[:, -min(stride, n_targets) :] = True
+    counted[starts == 0] = True
+    losses = token_losses(model, torch.cat([prefix.expand(n, -1), text.ids[places]], dim=1), batch_size)
+    losses = torch.cat(list(losses))[:, -n_targets:][counted]
+    targets = places[:, -n_targets:][counted]
+    clusters = text.document[targets].unique(return_inverse=True)[1]
+    kind: Literal["documents", "windows"] = "documents"
+    if clusters.max() < 9:
+        kind, clusters = "windows", torch.arange(n)[:, None].expand(n, n_targets)[counted]
+    size = None if text.size is None else clusters.bincount(text.size[targets]).long()
+    name = " ".join(name for _, name in text.prefix)
+    return TextScore(seq, stride, n, kind, clusters.bincount(losses), clusters.bincount(), size, name)
+
+
+def window_starts(text: Text, seq: int, stride: int | None = None, windows: int | None = None) -> tuple[Tensor, int]:
+    """Where the windows of :func:`evaluate_text` start in the text, long [n], and the stride that this is.
+
+    Raises:
+        TypeError: no :class:`Text`.
+        ValueError: a stride outside [1, seq], a text shorter than one window or than `windows` of them.
+    """
+    if not isinstance(text, Text):
+        raise TypeError(f"evaluate_text: expected a Text, as read_text returns it, found {type(text).__name__}")
+    stride, body = seq if stride is None else stride, seq - len(text.prefix)
+    if not 1 <= stride <= seq or seq < 2 or body < 1:
+        raise ValueError(
+            f"evaluate_text: expected seq >= {max(2, len(text.prefix) + 1)} and a stride in [1, seq], found seq={seq}, "
+            f"stride={stride}"
+        )
+    stride = min(stride, body)
+    available = max(0, (len(text.ids) - body) // stride + 1)
     n = available if windows is None else windows
     if not 1 <= n <= available:
         raise ValueError(
             f"evaluate_text: expected 1 <= windows <= {available}, as many as {len(text.ids)} tokens hold at seq={seq} "
             f"and stride={stride}, found windows={windows}"
         )
-    starts = torch.arange(n) * available // n * stride
-    places = starts[:, None] + torch.arange(seq)  # [n, seq]
-    counted = torch.zeros(n, seq - 1, dtype=torch.bool)
-    counted[:, -min(stride, seq - 1) :] = True
-    counted[starts == 0] = True
-    losses = torch.cat(list(token_losses(model, text.ids[places], batch_size)))[counted]
-    targets = places[:, 1:][counted]
-    clusters = text.document[targets].unique(return_inverse=True)[1]
-    kind: Literal["documents", "windows"] = "documents"
-    if clusters.max() < 9:
-        kind, clusters = "windows", torch.arange(n)[:, None].expand(n, seq - 1)[counted]
-    size = clusters.bincount(text.size[targets]).long()
-    return TextScore(seq, stride, n, kind, clusters.bincount(losses), clusters.bincount(), size)
+    return torch.arange(n) * available // n * stride, stride
 
 
 @torch.no_grad()
@@ -245,26 +293,31 @@ def generate_text(
 ) -> str:
     """`prompt` and what the model writes after it. Temperature 0 is greedy decoding, the same on every run.
 
-    Stops at the end-of-text token, after `max_new_tokens`, or where the model's context ends.
+    Stops at the end-of-text token, after `max_new_tokens`, or where the model's context ends. What the tokenizer puts
+    in front of a text (a begin-of-text token) stands in front of the prompt, and is not returned.
 
     Raises:
+        TypeError: no tokenizer.
         ValueError: a prompt of no token, or one that fills the context.
     """
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(input_device(model))
-    n_prompt = encoded["input_ids"].shape[1]
-    if n_prompt == 0:
+    prefix, ids = prefix_ids(tokenizer), tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
         raise ValueError("generate_text: expected a prompt of at least one token, found an empty one")
+    if ids[: len(prefix)] != prefix:  # a chat template has written it already
+        ids = prefix + ids
+    n_prompt = len(ids)
     context = getattr(model.config, "max_position_embeddings", n_prompt + max_new_tokens)
     if n_prompt >= context:
         raise ValueError(f"generate_text: expected a prompt shorter than the context of {context}, found {n_prompt}")
     if temperature > 0:
         torch.manual_seed(seed)
+    tokens = torch.tensor([ids], device=input_device(model))
     output = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
         max_new_tokens=min(max_new_tokens, context - n_prompt),
         repetition_penalty=repetition_penalty,
         pad_token_id=tokenizer.eos_token_id,
         **({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}),
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return tokenizer.decode(output[0, len(prefix) :], skip_special_tokens=True)

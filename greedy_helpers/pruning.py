@@ -218,7 +218,7 @@ def scores_of(
     Raises:
         As :func:`prune`.
     """
-    check_tokens(model, calibration)
+    check_tokens(model, calibration, packed=True)
     kinds = kinds if kinds is None or isinstance(kinds, str) else set(kinds)
     chosen = {module.block for module in depth2_modules(model, blocks, kinds)}
 
@@ -260,7 +260,7 @@ def _check_arguments(
         raise ValueError(f"prune: expected a ratio or a plan, found {'neither' if plan is None else 'both'}")
     if isinstance(ratio, Mapping):
         raise TypeError("prune: expected a ratio as a number, found a mapping; pass it as plan=")
-    check_tokens(model, calibration)
+    check_tokens(model, calibration, packed=True)
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
     modules = depth2_modules(model, chosen, kinds)  # refuses what does not exist
     if ratio is not None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import PreTrainedModel
 
 from .large.distributed import share_of
 from .large.lazy import check_weights, resident
-from .structure import blocks_of, blocks_path, eval_mode, input_device
+from .structure import UnsupportedModule, blocks_of, blocks_path, eval_mode, input_device
 
 
 class _Reached(Exception):
@@ -67,7 +69,8 @@ class BlockStream:
     Pruning goes through the blocks once. Instead of running the whole model for every module (O(depth^2) block
     passes) the hidden states [batch, seq, d] of all calibration tokens are kept and moved on with
     :meth:`advance`, so each block runs a constant number of times. What transformers passes to a block besides the
-    hidden states (masks, rotary embeddings) is recorded per block and replayed: no family needs code here.
+    hidden states (masks, rotary embeddings, embeddings per layer) is recorded per block and batch and replayed: no
+    family needs code here. Tensors that are the same in every batch are stored once.
 
     The model itself is only asked for its embeddings and those arguments; no block runs for that, so the blocks may be
     on the disk (see :mod:`greedy_helpers.large`).
@@ -93,17 +96,21 @@ class BlockStream:
             device: where the blocks will run; default: where the model's embeddings are.
             store: where the hidden states wait between passes; default: `device`. With `"cpu"` beside a GPU only one
                 batch at a time is on the GPU.
+
+        Raises:
+            UnsupportedModule: a block is called with something else that depends on what earlier blocks compute, or
+                with hidden states of another shape than [batch, seq, d].
         """
         self._model, self._tokens = model, tokens
-        self._extra: dict[tuple[int, int], list[Call]] = {}  # shape of a batch -> what each block is called with
+        self._extra: dict[range, list[Call]] = {}  # windows of a batch -> what each block is called with
         home = input_device(model)
         self.device = home if device is None else torch.device(device)
         self.store = self.device if store is None else torch.device(store)
         self.implementation = model.config._attn_implementation
-        self.position = 0
         self._finished: dict[nn.Module, dict[int, Any]] = {}  # module -> batch -> what it returns
-        size = windows_per_batch(batch_size, tokens.shape[1])
-        self.hidden = [self.keep(self._enter(batch)) for batch in tokens.split(size)]
+        n, size = len(tokens), windows_per_batch(batch_size, tokens.shape[1])
+        _check_independent(model, tokens[:size])
+        self.move([self.keep(self._enter(range(i, min(i + size, n)))) for i in range(0, n, size)], 0)
 
     def share(self) -> BlockStream:
         """A second stream over the same hidden states; advancing one leaves the other where it is."""
@@ -115,9 +122,9 @@ class BlockStream:
     def rebatch(self, batch_size: int) -> None:
         """From now on batches of at most `batch_size` windows: views of the hidden states that are there."""
         self.move([part for hidden in self.hidden for part in hidden.split(batch_size)], self.position)
-        for hidden in self.hidden:
-            if hidden.shape[:2] not in self._extra:
-                self._enter(self._tokens[: len(hidden)])
+        for windows in self._windows:
+            if windows not in self._extra:
+                self._enter(windows)
 
     def keep(self, value: Tensor) -> Tensor:
         """`value` where hidden states wait; page-locked if that is the CPU beside a GPU, so that it returns fast."""
@@ -125,15 +132,15 @@ class BlockStream:
             return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
         return value.to(self.store)
 
-    def _enter(self, batch: Tensor) -> Tensor:
-        """The hidden states in front of the first block; a new batch shape's arguments are recorded on the way."""
-        blocks = blocks_of(self._model)
-        known = batch.shape in self._extra
-        batch = batch.to(input_device(self._model))
-        calls = _block_arguments(self._model, blocks[:1] if known else blocks, batch)
-        if not known:
-            moved: dict[int, Tensor] = {}  # the blocks share masks and rotary embeddings: one copy on the device
-            self._extra[batch.shape] = [_to((args[1:], kwargs), self.device, moved) for args, kwargs in calls]
+    def _enter(self, windows: range) -> Tensor:
+        """The hidden states in front of the first block; what the blocks are called with is recorded on the way."""
+        batch = self._tokens[windows.start : windows.stop].to(input_device(self._model))
+        calls = _block_arguments(self._model, blocks_of(self._model), batch)
+        known = next((old for other, old in self._extra.items() if len(other) == len(windows)), [None] * len(calls))
+        moved: dict[int, Tensor] = {}  # the blocks share masks and rotary embeddings: one copy on the device
+        self._extra[windows] = [
+            _to((args[1:], kwargs), self.device, moved, old) for (args, kwargs), old in zip(calls, known, strict=True)
+        ]
         return calls[0][0][0]
 
     def run(
@@ -199,11 +206,13 @@ class BlockStream:
     def move(self, hidden: list[Tensor], position: int) -> None:
         """The hidden states are now `hidden`, in front of block `position`."""
         self.hidden, self.position, self._finished = hidden, position, {}
+        ends = list(accumulate(map(len, hidden)))
+        self._windows = [range(end - len(batch), end) for batch, end in zip(hidden, ends, strict=True)]
 
     @torch.no_grad()
     def _call(self, block: nn.Module, place: int) -> Tensor:
         hidden = self.hidden[place]
-        args, kwargs = self._extra[hidden.shape[:2]][self.position]
+        args, kwargs = self._extra[self._windows[place]][self.position]
         with ExitStack() as stack:
             for owner, outputs in self._finished.items():
                 stack.enter_context(_running_once(owner, outputs, place, self.keep, self.device))
@@ -224,28 +233,49 @@ class Streams:
         return all(a is b for a, b in zip(self.dense.hidden, self.pruned.hidden, strict=True))
 
 
-def _to(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
-    """Tensors in nested tuples, lists and dicts, on `device`. `moved` maps ids of tensors to what became of them."""
-    if isinstance(value, Tensor):
-        return moved.setdefault(id(value), value.to(device))
-    if isinstance(value, dict):
-        return {key: _to(entry, device, moved) for key, entry in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_to(entry, device, moved) for entry in value)
-    return value
+def _to(value: Any, device: torch.device, moved: dict[int, Tensor], known: Any) -> Any:
+    """`value` with its tensors on `device`, or those of `known` in their places where they are equal.
+
+    `moved` maps ids of tensors to what became of them.
+    """
+    leaves, structure = tree_flatten(value)
+    for leaf, old in zip_longest(leaves, tree_leaves(known)):
+        if isinstance(leaf, Tensor) and id(leaf) not in moved:
+            there = leaf.to(device)
+            moved[id(leaf)] = old if _same(there, old) else there
+    return tree_unflatten([moved.get(id(leaf), leaf) for leaf in leaves], structure)
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor)]
+    return all(isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b) for a, b in tensors)
+
+
+def _check_independent(model: PreTrainedModel, batch: Tensor) -> None:
+    """Refuse blocks whose arguments, the hidden states aside, follow what earlier blocks compute: see BlockStream."""
+    batch = batch.to(input_device(model))
+    plain, changed = (_block_arguments(model, blocks_of(model), batch, gain) for gain in (1.0, 2.0))
+    if (found := plain[0][0][0].shape)[:-1] != batch.shape:
+        raise UnsupportedModule(f"{type(model).__name__}: expected hidden states [batch, seq, d], found {list(found)}")
+    for index, calls in enumerate(zip(plain, changed, strict=True)):
+        one, other = ({**dict(enumerate(args[1:], 1)), **kwargs} for args, kwargs in calls)
+        if name := next((name for name in one if not _same(one[name], other[name])), None):
+            raise UnsupportedModule(
+                f"{type(model).__name__}: block {index} is called with {name!r}, which depends on what earlier blocks "
+                "compute; expected only the hidden states to do so"
+            )
 
 
 @torch.no_grad()
-def _block_arguments(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Tensor
-) -> list[tuple[tuple, dict[str, Any]]]:
+def _block_arguments(model: PreTrainedModel, blocks: Sequence[nn.Module], batch: Tensor, gain=1.0) -> list[Call]:
     """What the model passes to each of its `blocks`: (args, kwargs), args[0] the hidden states in front of the first.
 
     No block runs: masks and rotary embeddings do not depend on what a block computes, so each hands the hidden states
-    on. Some families' blocks return a tensor, some a tuple; what arrives at the next block shows which.
+    on, times `gain`. Some families' blocks return a tensor, some a tuple; what arrives at the next block shows which.
     """
     for returns_tuple in (False, True):
-        with _handing_on(blocks, returns_tuple) as calls, suppress(_Reached):
+        with _handing_on(blocks, returns_tuple, gain) as calls, suppress(_Reached):
             model(input_ids=batch, use_cache=False)
         if len(calls) == len(blocks):
             return calls
@@ -253,12 +283,12 @@ def _block_arguments(
 
 
 @contextmanager
-def _handing_on(blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
-    """Collects each block's (args, kwargs) and lets it return its input; the pass stops at the last of them.
+def _handing_on(blocks: Sequence[nn.Module], returns_tuple: bool, gain: float) -> Iterator[list[Call]]:
+    """Collects each block's (args, kwargs) and lets it return its input * `gain`; the pass stops at the last of them.
 
     It also stops where something else than the hidden states arrives.
     """
-    calls: list[tuple[tuple, dict[str, Any]]] = []
+    calls: list[Call] = []
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         if calls and hidden.shape != calls[0][0][0].shape:
@@ -266,6 +296,7 @@ def _handing_on(blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[li
         calls.append(((hidden, *args), kwargs))
         if len(calls) == len(blocks):
             raise _Reached
+        hidden = hidden if gain == 1 else hidden * gain
         return (hidden,) if returns_tuple else hidden
 
     with _forward_replaced(blocks, forward):

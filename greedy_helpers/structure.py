@@ -150,14 +150,23 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+def check_tokens(model: PreTrainedModel, tokens: Tensor, *, packed: bool = False) -> None:
     """Refuse token ids the model cannot read, before any work is done.
+
+    Args:
+        packed: refuse padding, too: text that nobody writes would be measured.
 
     Raises:
         TypeError: not an integer tensor.
-        ValueError: not of shape [n, seq] with seq >= 2, empty, longer than the model's context, or ids outside the
-            vocabulary.
+        ValueError: not of shape [n, seq] with seq >= 2, empty, longer than the model's context, ids outside the
+            vocabulary, or more than 5% padding.
     """
+    if not isinstance(tokens, Tensor):
+        way_out = "its ['input_ids'] as a tensor" if isinstance(tokens, Mapping) else "torch.tensor(...) of it"
+        raise TypeError(
+            f"expected token ids as a long tensor [n, seq], found {type(tokens).__name__}; pass {way_out}, windows of "
+            "equal length without padding, as calibration_tokens makes them"
+        )
     if tokens.dtype not in (torch.long, torch.int):
         raise TypeError(f"expected token ids as a long tensor [n, seq], found dtype {tokens.dtype}")
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
@@ -175,6 +184,21 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
             f"expected token ids in [0, {vocabulary}), the vocabulary of {type(model).__name__}, "
             f"found ids from {low} to {high}; were the tokens made by another model's tokenizer?"
         )
+    if packed and (share := _padding(model, tokens)) > 0.05:
+        raise ValueError(
+            f"expected packed windows without padding, found {share:.1%} pad tokens (id {model.config.pad_token_id}); "
+            "lay the texts end to end, as calibration_tokens does"
+        )
+
+
+def _padding(model: PreTrainedModel, tokens: Tensor) -> float:
+    """The share of pad tokens beside another or at the end of a window; one alone may separate documents."""
+    pad = getattr(model.config, "pad_token_id", None)
+    eos = getattr(model.config, "eos_token_id", None)
+    if pad is None or pad in (*(eos if isinstance(eos, list) else [eos]), getattr(model.config, "bos_token_id", None)):
+        return 0.0
+    pads = nn.functional.pad(tokens == pad, (1, 1), value=True)
+    return (pads[:, 1:-1] & (pads[:, :-2] | pads[:, 2:])).double().mean().item()
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:

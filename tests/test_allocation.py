@@ -1,5 +1,7 @@
 """Plans remove the parameters they promise; what they remove is what count_parameters misses afterwards."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import quiet
@@ -22,6 +24,7 @@ from greedy_helpers.allocation import (
     removed_parameters,
     unit_parameters,
 )
+from greedy_helpers.checkpoint import save_pruned
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -142,3 +145,51 @@ def test_bad_plans_are_refused():
         budget(model, 0.2, "heads")
     with pytest.raises(ValueError, match="between 1 and 3 units, found 0"):
         keep_best(torch.ones(3), 0)
+
+
+def test_steps_too_wide_for_the_ffns_are_said():
+    """A multiple of 128 leaves 80 channels whole, so the heads pay: 1 of 4 is left."""
+    modules = depth2_modules(tiny_model("llama"))
+    wanted = 3 * unit_parameters(modules[0]) * 2
+    with pytest.warns(
+        UserWarning, match=r"multiples of 128 channels leave model\.layers\.0\.mlp whole, with 80, and 1 mo"
+    ):
+        plan = uniform_plan(modules, wanted, multiple=128)
+    assert [plan[m.name] for m in modules] == [1, 80, 1, 80]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for multiple in (1, 8, 16):
+            uniform_plan(modules, wanted, multiple=multiple)
+        uniform_plan(modules, 0, multiple=128)
+
+
+def test_a_ratio_that_removes_nothing_is_said(tokens):
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match=r"1% of 4 or 80 units is less than one: .* and 3 more lose nothing"):
+        report = quiet(model, tokens, 0.01)
+    assert report.removed == {"blocks": 0.0, "total": 0.0}
+    assert str(report).startswith("asked: 1.0% of the units of each module; removed: 0.0% of the blocks' parameters")
+
+
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_heads_that_do_not_divide_stay_whole_and_everything_says_so(kv_heads, tokens, tmp_path):
+    """A quarter of two or three KV heads is less than one: the FFNs alone lose a quarter."""
+    sizes = {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "hidden_size": 24 * kv_heads}
+    model = tiny_model("llama", torch.float32, head_dim=12, **sizes)
+    whole = count_parameters(model)["blocks"]
+    gone = sum(20 * unit_parameters(module) for module in depth2_modules(model, kinds=["gated_ffn"]))
+    with pytest.warns(
+        UserWarning, match=rf"25% of {kv_heads} units is less than one: .*self_attn and 1 more lose noth"
+    ):
+        report = quiet(model, tokens, 0.25)
+    assert report.removed["blocks"] == pytest.approx(gone / whole)
+    assert gone / whole < 0.25
+    share = f"{gone / whole:.1%}"
+    left = f"left in the modules that were pruned: {2 * kv_heads} of {2 * kv_heads} heads and 120 of 160 FFN channels"
+    assert f"removed: {share} of the blocks' parameters" in str(report)
+    assert left in str(report)
+    save_pruned(model, tmp_path / "pruned", report=report)
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert f"({share} removed)" in card
+    assert f"| attention heads (or KV groups) | {2 * kv_heads} of {2 * kv_heads} left |" in card
+    assert "| FFN channels | 120 of 160 left |" in card

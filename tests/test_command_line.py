@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,6 +33,8 @@ from greedy_helpers.course.multiple_choice import multiple_choice
 from greedy_helpers.data import evaluation_tokens
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+DATA = README.parent / "data"
+CHATS = b"\n".join(b'{"messages": [{"role": "user", "content": "%d"}]}' % i for i in range(60))
 FEW = ["--calibration", "4", "--seq", "64"]
 
 
@@ -182,3 +185,118 @@ def test_help_has_examples_and_wrong_arguments_exit_with_2():
     shown = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True)
     assert "examples:" in shown.stdout
     assert subprocess.run([*run, "prune"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights fails the test."""
+
+    def load(*_args, **_options):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("greedy_helpers.__main__.load_model", load)
+    monkeypatch.setattr("greedy_helpers.compare.load_model", load)
+
+
+def folder_without_tokenizer(place):
+    folder = place / "bare"
+    folder.mkdir()
+    for file in (DATA / "llama-mini").iterdir():
+        if not file.name.startswith("token"):
+            shutil.copy(file, folder)
+    return folder
+
+
+def refused(arguments, message, capsys):
+    assert main([str(argument) for argument in arguments]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, said), said
+    assert said.startswith(f"{arguments[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "Größe und Maß".encode("latin-1"), "is not utf-8"),
+        ("broken.jsonl", b'{"text": \n', "cannot be read as json"),
+        ("chats.jsonl", CHATS, r"chat template, found a tokenizer without one; .* \(--column\)"),
+        ("numbers.csv", b"text\n1\n2\n", "expected text, or chat messages"),
+        ("other.csv", b"body,title\na,b\n", r"found \['body', 'title'\]; name one with column= \(--column\)"),
+        ("missing.txt", None, "expected a text file at"),
+        ("page.html", b"<p>", "expected a file that ends in"),
+    ],
+)
+def test_text_that_cannot_be_read_is_refused_before_the_weights(name, content, message, tmp_path, no_weights, capsys):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    refused(["prune", "llama-mini", tmp_path / "out", "--source", path, *FEW], message, capsys)
+    refused(["evaluate", "llama-mini", "--sources", path], message, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_the_weights(tmp_path, no_weights, capsys):
+    folder, message = folder_without_tokenizer(tmp_path), "bare' has no tokenizer that can be loaded; expected an emb"
+    refused(["prune", folder, tmp_path / "out", *FEW], message, capsys)
+    refused(["evaluate", "llama-mini", folder, "--windows", "1", "--seq", "16"], message, capsys)
+    refused(["generate", folder, "--prompt", "a"], message, capsys)
+    refused(["compare", folder, "--out", tmp_path / "x.json"], message, capsys)
+
+
+def test_a_folder_without_a_tokenizer_is_pruned_on_its_own_text(tmp_path):
+    folder, few = folder_without_tokenizer(tmp_path), ["--calibration", "2", "--seq", "16", "--blocks", "4:5"]
+    options = ["--source", "self-generated", "--criterion", "L2", "--remedy", "none", *few]
+    assert main(["prune", str(folder), str(tmp_path / "out"), *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "llama-mini", "x", "--ratio", "1.5"], r"expected a ratio in \[0, 1\)"),
+        (["prune", "llama-mini", "x", "--device", "abacus"], "cannot use the device 'abacus'"),
+        (["prune", "llama-mini", "x", "--store", "abacus"], "cannot use the device 'abacus'"),
+        (["prune", "llama-mini", "x", "--lazy"], "needs a --work-dir"),
+        (["prune", "llama-mini", "x", "--calibration", "0"], "at least 1 window"),
+        (["evaluate", "llama-mini", "--windows", "99999"], "1 <= windows <= "),
+        (["evaluate", "llama-mini", "--stride", "0"], "stride in"),
+        (["evaluate", "llama-mini", "--choices", "4", "--column", "body"], "made from the column 'text' only"),
+        (["generate", "llama-mini", "--prompt", "a", "--device", "abacus"], "cannot use the device 'abacus'"),
+        (["compare", "llama-mini", "--ratios", "2", "--out", "x.json"], r"expected a ratio in \[0, 1\)"),
+        (["generate", "no/where", "--prompt", "a"], "'no/where' has no tokenizer that can be loaded"),
+    ],
+)
+def test_mistakes_are_refused_before_the_weights(arguments, message, tmp_path, monkeypatch, no_weights, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(arguments, message, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("one\n  two"), "generate: RuntimeError: one two (--debug shows where)"),
+        (AttributeError(), "generate: AttributeError:  (--debug shows where)"),
+        (KeyError("no such module"), "generate: no such module"),
+        (ValueError("expected\nthis"), "generate: expected this"),
+    ],
+)
+def test_any_error_is_one_line_and_debug_shows_where(error, said, monkeypatch, capsys):
+    def load(*_args):
+        raise error
+
+    monkeypatch.setattr("greedy_helpers.__main__.load_model", load)
+    command = ["generate", "llama-mini", "--prompt", "a"]
+    assert main(command) == 1
+    assert capsys.readouterr().err.strip() == said
+    with pytest.raises(type(error)):
+        main(["--debug", *command])
+
+
+def test_a_column_of_a_table(tmp_path, capsys):
+    path = tmp_path / "mine.csv"
+    path.write_text("title,body\n" + "\n".join(f"{i},This is row {i} of a table that says so." for i in range(200)))
+    command = ["evaluate", "llama-mini", "--windows", "1", "--seq", "16", "--sources", str(path), "--column", "body"]
+    assert main(["--json", *command]) == 0
+    assert json.loads(capsys.readouterr().out)["llama-mini"]["texts"][str(path)]["tokens"] == 15
+    some = ["--blocks", "5:6", "--calibration", "2", "--seq", "16", "--criterion", "L2", "--remedy", "none"]
+    assert main(["prune", "llama-mini", str(tmp_path / "out"), "--source", str(path), "--column", "body", *some]) == 0

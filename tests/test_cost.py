@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from greedy_helpers import blocks_of, count_parameters, depth2_modules, remove_units, save_pruned
 from greedy_helpers.course import cost
 from greedy_helpers.course.cost import compare_latency, cost_table, count_macs, latency_table, peak_memory
-from greedy_helpers.data import forward_cached
+from greedy_helpers.data_free import forward_cached
 from greedy_helpers.files import disk_bytes
 from greedy_helpers.structure import blocks_path, linears_of
 

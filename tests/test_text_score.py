@@ -125,10 +125,10 @@ def test_offsets_that_leave_blanks_out_or_go_back(monkeypatch):
     """Some tokenizers trim blanks from their offsets, or give a piece of a character a smaller end."""
 
     class Trimming:
-        is_fast, eos_token_id, bos_token_id = True, None, None
+        is_fast, eos_token_id, bos_token_id, get_vocab = True, None, None, dict
 
         def __call__(self, text, **_options):
             return {"input_ids": [5, 6, 7, 8], "offset_mapping": [(0, 2), (3, 6), (3, 5), (6, 6)]}
 
-    monkeypatch.setattr("greedy_helpers.evaluate.documents", lambda source, split: {"text": ["ab cdü\n\n"]})
+    monkeypatch.setattr("greedy_helpers.evaluate.documents", lambda *_: {"text": ["ab cdü\n\n"]})
     assert read_text(Trimming()).size.tolist() == [2, 5, 0, 2]

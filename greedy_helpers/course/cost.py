@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..data import forward_cached
+from ..data_free import forward_cached
 from ..files import disk_bytes
 from ..structure import blocks_of, check_tokens, count_parameters, depth2_modules, eval_mode, linears_of
 
