@@ -104,4 +104,5 @@ def _write_plain(model: PreTrainedModel, config_class: type, model_class: type, 
     if differing:
         raise ValueError(f"{len(differing)} tensors do not fit, e.g. {min(differing)}")
     plain.load_state_dict(state, assign=True)  # references: the weights exist once
+    plain.generation_config = model.generation_config
     plain.save_pretrained(folder)

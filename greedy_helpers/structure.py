@@ -131,7 +131,9 @@ def _layouts(config: PreTrainedConfig) -> Family | None:
 
 def refusal(config: PreTrainedConfig) -> str | None:
     """Why models of this config cannot be described as depth-2 modules; None if nothing speaks against it."""
-    return REFUSED.get(getattr(config, "model_type", None)) or (CROSS if getattr(config, "is_encoder_decoder", False) else None)
+    return REFUSED.get(getattr(config, "model_type", None)) or (
+        CROSS if getattr(config, "is_encoder_decoder", False) else None
+    )
 
 
 def _text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedConfig] | None:
