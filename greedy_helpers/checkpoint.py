@@ -9,8 +9,9 @@ do, a checkpoint can hold.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import model_card
 from .data import EMBEDDED
@@ -239,11 +240,13 @@ def _cut_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             add_to_bias(linears[path], weight_of(linears[path]).new_zeros(weight_of(linears[path]).shape[0]))
 
     def save_pretrained(self, save_directory, is_main_process=True, **options) -> None:
+        cut = _cut_of(self)
         base.save_pretrained(self, save_directory, is_main_process, **options)
         if is_main_process:
-            folder = Path(save_directory)
-            weights = (*folder.glob("model*.safetensors*"), *folder.glob("*config.json"))
-            _describe(self, folder, None, lambda: weights)
+            # A trainer writes its own files into the same folder, and writes them again.
+            _describe(
+                self, Path(save_directory), cut, patterns=("model*.safetensors*", "config.json", "gen*config.json")
+            )
 
     def __reduce_ex__(self, protocol):  # pickle looks classes up by name, and finds the base
         return (_empty, (base,), *base.__reduce_ex__(self, protocol)[2:])
@@ -293,7 +296,7 @@ def save_pruned(
         ValueError: the model holds weights that its class would not load again, or lacks some that it would need.
         TypeError, UnsupportedModule: a wrapped, adapted or quantized model.
     """
-    depth2_modules(model)  # refuses what cannot be described
+    cut = _cut_of(model)
 
     def write(partial: Path) -> None:
         if is_lazy(model):
@@ -302,7 +305,7 @@ def save_pruned(
             dense_class(model).save_pretrained(model, partial, state_dict=_state_in(model, dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        _describe(model, partial, dtype, partial.iterdir, report, details)
+        _describe(model, partial, cut, dtype, report, details)
 
     folder = Path(folder)
     home = folder.resolve()
@@ -327,66 +330,76 @@ def _state_in(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, to
 def _describe(
     model: PreTrainedModel,
     folder: Path,
-    dtype: torch.dtype | None,
-    files: Callable[[], Iterable[Path]],
+    cut: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
     report: PruneReport | None = None,
     details: Mapping[str, object] | None = None,
+    patterns: Iterable[str] = ("*",),
 ) -> None:
-    """Beside saved weights: what config.json has to say about the cut, the card, the manifest with `files`' sums."""
+    """Beside saved weights: what config.json has to say about the cut, the card, the manifest of the files named so."""
     whole = dense_model(model)
     units, dense = ({module.name: module.n_units for module in depth2_modules(m)} for m in (model, whole))
-    config = json.loads((folder / "config.json").read_text())
-    config["pruned_units"] = {name: n for name, n in units.items() if n != dense[name]}
-    config["added_biases"] = _added_biases(model, whole)
-    for key in ("pruned_units", "added_biases"):
-        if not config[key]:
-            del config[key]
-    config["architectures"] = [dense_class(model).__name__]
+    config = json.loads((folder / "config.json").read_text()) | cut
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
-    head, tied = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", None)
-    if head is not None and tied != (head.weight is model.get_input_embeddings().weight):
-        config["tie_word_embeddings"] = not tied
+    config = {key: value for key, value in config.items() if value or key not in ("pruned_units", "added_biases")}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _check_loadable(model, folder)
     if not (folder / "README.md").exists():
         model_card(model, whole, report, details).save(folder / "README.md")
+    files = {path for pattern in patterns for path in folder.glob(pattern)} - {folder / MANIFEST, folder / "README.md"}
     manifest: dict[str, Any] = {
         **_FORMAT,
         "units": {name: {"dense": dense[name], "left": n} for name, n in units.items()},
         "report": None if report is None else report.to_dict(tensors=False),
         "details": {key: str(value) for key, value in (details or {}).items()},
-        "sha256": {path.name: sha256_of(path) for path in sorted(files()) if path.name != "README.md"},
+        "sha256": {path.name: sha256_of(path) for path in sorted(files)},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _check_loadable(model: PreTrainedModel, folder: Path) -> None:
-    """Compare a model with what :func:`load_pruned` will build from `folder`: names, shapes, what is shared.
+def _cut_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What config.json has to say so that :func:`load_pruned` builds this very model: its names, shapes and sharing.
 
     Raises:
         ValueError: naming the weights that would be lost, or missing.
     """
-    name = dense_class(model).__name__
+    units = {module.name: module.n_units for module in depth2_modules(model)}  # refuses what cannot be described
+    name, whole = dense_class(model).__name__, dense_model(model)
     if getattr(transformers, name, None) is not dense_class(model):
-        raise ValueError(
-            f"save_pruned: expected a class of transformers, found {name}, which could not be loaded again"
-        )
-    config = AutoConfig.from_pretrained(folder)
+        raise ValueError(f"save_pruned: expected a class of transformers, found {name}: it could not be loaded again")
+    dense = {module.name: module.n_units for module in depth2_modules(whole)}
+    theirs, linears = whole.state_dict().keys(), linears_of(whole)
+    cut = {
+        "architectures": [name],
+        "pruned_units": {module: n for module, n in units.items() if n != dense[module]},
+        # FLAP's remedy leaves biases in layers that had none; anybody may add one.
+        "added_biases": [p for p in linears if f"{p}.bias" not in theirs and linears_of(model)[p].bias is not None],
+    }
+    head, tied = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", None)
+    if head is not None and tied != (head.weight is model.get_input_embeddings().weight):
+        cut["tie_word_embeddings"] = not tied
+    config = copy.deepcopy(model.config)
+    for key, value in cut.items():
+        setattr(config, key, value)
     with torch.device("meta"):
         again = _loader_of_pruned(config)(config)
+    _check_same_weights(model, again, f"{name} with this config")
+    return cut
+
+
+def _check_same_weights(model: PreTrainedModel, again: PreTrainedModel, what: str) -> None:
     ours, theirs = ({key: list(value.shape) for key, value in m.state_dict().items()} for m in (model, again))
     differing = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
     for key in sorted(differing, key=lambda key: (key not in ours, key)):
         raise ValueError(
-            f"save_pruned: {key} ({ours.get(key, 'not in the model')}) would be lost: {name} with this config has "
+            f"save_pruned: {key} ({ours.get(key, 'not in the model')}) would be lost: {what} has "
             f"{theirs.get(key, 'no such weight')} there{_and_more(differing)}; change the config, or undo the change"
         )
     offloaded = not is_lazy(model) and any(parameter.is_meta for parameter in model.parameters())
     if not offloaded and (alone := sorted({n for group in _shared(model) ^ _shared(again) for n in group})):
         raise ValueError(
-            f"save_pruned: {', '.join(alone)}: not shared as {name} with this config shares them; give them the same "
-            "parameter, or change the config"
+            f"save_pruned: {', '.join(alone)}: not shared as {what} shares them; give them the same parameter, or "
+            "change the config"
         )
 
 
@@ -406,9 +419,3 @@ def dense_model(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model that the config alone describes, on the meta device (no memory)."""
     with torch.device("meta"):
         return dense_class(model)(model.config)
-
-
-def _added_biases(model: PreTrainedModel, dense: PreTrainedModel) -> list[str]:
-    """Linears with a bias that the dense model does not have: FLAP's remedy leaves them, anybody may add one."""
-    theirs = dense.state_dict().keys()
-    return [p for p, linear in linears_of(model).items() if linear.bias is not None and f"{p}.bias" not in theirs]

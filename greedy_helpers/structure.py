@@ -140,9 +140,9 @@ def _text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedConfig] | None:
     """Path and config of the language model in a model that reads pictures or sound as well."""
     text = model.config.get_text_config()
     for path, part in model.named_modules():
-        if path and isinstance(part, PreTrainedModel) and part.config.model_type != model.config.model_type:
-            if _layouts(part.config) is not None or part.config.model_type == text.model_type:
-                return path, part.config
+        another = path and isinstance(part, PreTrainedModel) and part.config.model_type != model.config.model_type
+        if another and (part.config.model_type == text.model_type or _layouts(part.config) is not None):
+            return path, part.config
     return None
 
 
