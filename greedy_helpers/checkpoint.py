@@ -171,7 +171,7 @@ def _load(loader, place: str, config: PreTrainedConfig, device, dtype, lazy=Fals
         )
     for name, stored, expected in sorted(info["mismatched_keys"]):
         raise misfit(place, name, expected, stored)
-    check_keys(loader, place, info["missing_keys"], info["unexpected_keys"])
+    check_keys(model, place, info["missing_keys"], info["unexpected_keys"])
     if not Path(place).is_dir():
         with suppress(OSError):  # nothing is looked up, the files have just been read
             refuse_quantized(snapshot_download(place, local_files_only=True), {})
@@ -310,7 +310,7 @@ def save_pruned(
     folder = Path(folder)
     home = folder.resolve()
     replace_folder(folder, write, overwrite)
-    if is_lazy(model):  # what was read from this very folder is to be read from it again
+    if is_lazy(model) and folder.resolve() == home:  # what was read from this very folder is read from it again
         stored = stored_tensors(home)
         for name, (file, _) in model.weights_on_disk.items():
             if Path(file).resolve().parent == home:

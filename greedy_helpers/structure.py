@@ -172,7 +172,20 @@ def check_model(model: nn.Module) -> None:
 
 
 PRUNE_FIRST = "load the full-precision checkpoint, prune it, and quantize the result"
-_QUANTIZERS = ("quant", "bitsandbytes", "torchao", "gptq", "awq", "hqq", "eetq", "bitnet", "vptq", "aqlm", "higgs")
+_QUANTIZERS = (
+    "quant",
+    "bitsandbytes",
+    "torchao",
+    "gptq",
+    "awq",
+    "hqq",
+    "eetq",
+    "bitnet",
+    "vptq",
+    "aqlm",
+    "4bit",
+    "8bit",
+)
 
 
 def _is_adapter(part: nn.Module) -> bool:
@@ -182,20 +195,23 @@ def _is_adapter(part: nn.Module) -> bool:
 
 def is_quantized(part: nn.Module) -> bool:
     """Whether a module holds quantized weights, by the library it is from or by the numbers it holds."""
-    tensors = [*part._parameters.values(), *(() if part._modules else part._buffers.values())]
-    codes = any(t is not None and _holds_codes(t) for t in tensors)
-    return codes or any(_is_quantizer(cls.__module__) for cls in {type(part), *map(type, tensors)})
+    weights = [value for value in part._parameters.values() if value is not None]
+    # Buffers of integers are also positions or numbers of heads (one dimension), or belong to a module with parts.
+    tables = [value for value in part._buffers.values() if value is not None and value.ndim > 1 and not part._modules]
+    codes = any(_holds_codes(value) for value in weights + tables)
+    return codes or any(_is_quantizer(kind) for kind in {type(part), *map(type, weights)})
 
 
 @cache
-def _is_quantizer(module: str) -> bool:
-    return any(word in module.lower() for word in _QUANTIZERS)
+def _is_quantizer(kind: type) -> bool:
+    return any(word in f"{kind.__module__}.{kind.__name__}".lower() for word in _QUANTIZERS)
 
 
 def _holds_codes(value: Tensor) -> bool:
-    """Integers or 8-bit floats, as wide as a weight (a position is one number, a mask is true or false)."""
-    floating = value.is_floating_point() and value.dtype.itemsize > 1
-    return value.is_quantized or (not floating and value.dtype != torch.bool and value.ndim >= 2)
+    """Integers or 8-bit floats; a mask is neither."""
+    return value.is_quantized or (value.dtype.itemsize == 1 or not value.is_floating_point()) & (
+        value.dtype != torch.bool
+    )
 
 
 def blocks_path(model: PreTrainedModel, family: Family | None = None) -> str:

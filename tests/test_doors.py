@@ -25,6 +25,7 @@ from greedy_helpers import (
     remove_units,
     save_pruned,
 )
+from greedy_helpers.checkpoint import load_tokenizer
 from greedy_helpers.files import disk_bytes
 from greedy_helpers.structure import UnsupportedModule, linears_of
 
@@ -117,6 +118,14 @@ class Packed(nn.Module):
         return x
 
 
+class Flat(nn.Linear):
+    """As bitsandbytes stores a layer: one row of bytes."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = nn.Parameter(torch.zeros(linear.weight.numel() // 2, dtype=torch.uint8), requires_grad=False)
+
+
 def as_codes(linear, dtype):
     linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
     return linear
@@ -167,6 +176,7 @@ LIVE = {
     "packed": (with_last_layer(Packed), r"quantized LlamaForCausalLM \(model\.layers\.1\.mlp\.down_proj: Packed\)"),
     "int8": (with_last_layer(lambda linear: as_codes(linear, torch.int8)), r"quantized .*down_proj: Linear"),
     "float8": (with_last_layer(lambda linear: as_codes(linear, torch.float8_e4m3fn)), r"quantized .*down_proj: Linear"),
+    "1-d codes": (with_last_layer(Flat), r"quantized LlamaForCausalLM \(model\.layers\.1\.mlp\.down_proj: Flat\)"),
     "config": (by_config, r"quantized LlamaForCausalLM \(its config says so\)"),
     "PeftModel": (PeftModelForCausalLM, r"PEFT adapters in PeftModelForCausalLM: merge them first.*merge_and_unload"),
     "adapters": (with_last_layer(LoraLinear), r"adapters in LlamaForCausalLM \(at model\.layers\.1\.mlp\.down_proj\)"),
@@ -224,7 +234,10 @@ def test_a_vision_language_model_names_its_text_tower(tmp_path):
     again, _ = load_model(saved(model, tmp_path / "whole"), "cpu")
     assert torch.equal(logits(again), logits(model))
     quiet(model.model.language_model, TOKENS, 0.25)
-    assert depth2_modules(model.model.language_model)[1].n_units == 60
+    tower = model.model.language_model
+    again, _ = load_model(save_pruned(tower, tmp_path / "tower"), "cpu")
+    assert depth2_modules(again)[1].n_units == 60
+    assert torch.equal(logits(again), logits(tower))
     with pytest.raises(UnsupportedModule, match=r"model\.model\.language_model, of type 'qwen2_vl_text': which has no"):
         quiet(qwen2_vl(), TOKENS, 0.25)
 
@@ -290,12 +303,26 @@ def test_missing_and_unexpected_weights_are_errors(architectures, lazy, tmp_path
 
 
 @LAZY
-def test_tables_of_older_versions_are_not_missed(lazy, tmp_path):
-    model = tiny_model("llama", torch.float32)
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt_neo", "transformer.h.0.attn.attention.bias"),
+        ("gpt_neo", "transformer.h.0.attn.attention.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
+        ("bert", "bert.embeddings.position_ids"),
+    ],
+)
+def test_tables_of_older_versions_are_not_missed(name, table, lazy, tmp_path):
+    model = tiny_model(name, torch.float32)
     folder = saved(model, tmp_path / "model")
-    weights = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    buffers = dict(model.named_buffers())
+    weights = load_file(folder / "model.safetensors") | {table: buffers.get(table, torch.ones(1)).clone().contiguous()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    load_model(folder, "cpu", lazy=lazy)
+    again, _ = load_model(folder, "cpu", lazy=lazy)
+    if not lazy:
+        assert torch.equal(logits(again), logits(model))
 
 
 def test_a_class_that_does_not_fit_the_config_gives_way_to_the_usual_one(tmp_path):
@@ -340,6 +367,18 @@ def test_code_of_its_own_runs_if_it_is_trusted(own_code):
     assert type(model).__name__ == "OwnModel"
     assert torch.equal(logits(model), logits(tiny_model("llama", torch.float32)))
     assert os.environ["GREEDY_RAN"] == "1"
+
+
+def test_a_tokenizer_with_code_of_its_own_is_never_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder = saved(tiny_model("llama", torch.float32), tmp_path / "model")
+    entries = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["code.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(entries))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(
+            ValueError, match=r"the tokenizer of .* needs Python code of its own.*trust_remote_code=True"
+        ):
+            load(folder)
 
 
 # --- configs

@@ -58,27 +58,37 @@ def load_lazily(
                 holder[key] = same_kind(value, weights.get_tensor(stored).to(value.dtype, copy=True))
     model.tie_weights(missing_keys=missing)  # what the files hold twice, with other values, stays two
     lost = {name for name, _, _, value in entries(model) if value.is_meta and name not in on_disk}
-    check_keys(type(model), place, lost, files.keys() - read)
+    if lost and (others := files.keys() - read):  # transformers renames the weights of some classes
+        raise ValueError(
+            f"{place}: lazy loading reads weights under their own names; expected {min(lost)}, found {min(others)}"
+        )
+    check_keys(model, place, lost, files.keys() - read)
     model.weights_on_disk = on_disk
     if model.can_generate() and (Path(place) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
     return model
 
 
-def check_keys(loader: type[PreTrainedModel], place: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def check_keys(model: PreTrainedModel, place: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Refuse weights that a folder lacks or that the class has no place for: one would be random, the other lost.
 
     Raises:
         ValueError: naming the first three of each.
     """
-    # Tables that older versions stored and newer ones compute.
-    derived = [*(loader._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
-    unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in derived)]
+    # Tables that older versions stored and newer ones compute: masks, frequencies, positions.
+    base, ignored = f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_unexpected or ()
+    patterns = [*ignored, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]
+    tables = {name.removeprefix(base) for name, _ in model.named_buffers()}
+    unexpected = [
+        name
+        for name in unexpected
+        if name.removeprefix(base) not in tables and not any(re.search(pattern, name) for pattern in patterns)
+    ]
     for names, what in ((missing, "lacks weights of"), (unexpected, "holds weights that are not of")):
         if names := sorted(names):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
-                f"{place} {what} {loader.__name__}, the class in its config.json: {', '.join(names[:3])}{more}. "
+                f"{place} {what} {type(model).__name__}, the class in its config.json: {', '.join(names[:3])}{more}. "
                 "Correct config.architectures, or load the model with transformers if you can do without them"
             )
 
@@ -86,8 +96,8 @@ def check_keys(loader: type[PreTrainedModel], place: str, missing: Iterable[str]
 def misfit(place: str, name: str, expected: Iterable[int], found: Iterable[int]) -> ValueError:
     """The error for a weight of a shape that config.json does not say."""
     return ValueError(
-        f"{place}: {name}: expected shape {list(expected)}, as in config.json, found {list(found)}; a model that was "
-        "pruned in memory has to be saved with greedy_helpers.save_pruned, not with save_pretrained"
+        f"{place}: {name}: expected shape {list(expected)}, found {list(found)}, which is not what config.json says; a "
+        "model that was pruned in memory has to be saved with greedy_helpers.save_pruned, not with save_pretrained"
     )
 
 
