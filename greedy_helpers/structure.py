@@ -172,20 +172,9 @@ def check_model(model: nn.Module) -> None:
 
 
 PRUNE_FIRST = "load the full-precision checkpoint, prune it, and quantize the result"
-_QUANTIZERS = (
-    "quant",
-    "bitsandbytes",
-    "torchao",
-    "gptq",
-    "awq",
-    "hqq",
-    "eetq",
-    "bitnet",
-    "vptq",
-    "aqlm",
-    "4bit",
-    "8bit",
-)
+# Words in the names of modules, and of classes (torch itself has a NonDynamicallyQuantizableLinear).
+_QUANTIZERS = "quant bitsandbytes torchao gptq awq hqq eetq vptq aqlm".split()
+_QUANTIZED = "quantized quantlinear 4bit 8bit".split()
 
 
 def _is_adapter(part: nn.Module) -> bool:
@@ -204,7 +193,8 @@ def is_quantized(part: nn.Module) -> bool:
 
 @cache
 def _is_quantizer(kind: type) -> bool:
-    return any(word in f"{kind.__module__}.{kind.__name__}".lower() for word in _QUANTIZERS)
+    module, name = kind.__module__.lower(), kind.__name__.lower()
+    return any(word in module for word in _QUANTIZERS) or any(word in name for word in _QUANTIZED)
 
 
 def _holds_codes(value: Tensor) -> bool:

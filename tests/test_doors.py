@@ -310,7 +310,7 @@ def test_missing_and_unexpected_weights_are_errors(architectures, lazy, tmp_path
         ("gpt2", "transformer.h.0.attn.bias"),
         ("gpt_neo", "transformer.h.0.attn.attention.bias"),
         ("gpt_neo", "transformer.h.0.attn.attention.masked_bias"),
-        ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
+        ("gptj", "transformer.h.1.attn.masked_bias"),
         ("bert", "bert.embeddings.position_ids"),
     ],
 )

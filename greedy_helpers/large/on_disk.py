@@ -58,9 +58,10 @@ def load_lazily(
                 holder[key] = same_kind(value, weights.get_tensor(stored).to(value.dtype, copy=True))
     model.tie_weights(missing_keys=missing)  # what the files hold twice, with other values, stays two
     lost = {name for name, _, _, value in entries(model) if value.is_meta and name not in on_disk}
-    if lost and (others := files.keys() - read):  # transformers renames the weights of some classes
+    if lost:
         raise ValueError(
-            f"{place}: lazy loading reads weights under their own names; expected {min(lost)}, found {min(others)}"
+            f"{place} lacks weights of {type(model).__name__}, as its config.json says; lazy loading reads weights "
+            f"under their own names; not found: {', '.join(sorted(lost)[:3])}"
         )
     check_keys(model, place, lost, files.keys() - read)
     model.weights_on_disk = on_disk
