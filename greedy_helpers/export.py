@@ -105,3 +105,5 @@ def _write_plain(model: PreTrainedModel, config_class: type, model_class: type, 
         raise ValueError(f"{len(differing)} tensors do not fit, e.g. {min(differing)}")
     plain.load_state_dict(state, assign=True)  # references: the weights exist once
     plain.save_pretrained(folder)
+    if model.can_generate():  # as it is: what transformers would refuse to write did not hinder the model either
+        model.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)

@@ -211,7 +211,7 @@ FAMILIES: dict[str, Family] = {
 _EXPERTS = "mixture of experts: a token sees only some of the FFNs, stored in one 3-d parameter each, not in linears"
 _LATENT = "multi-head latent attention: keys and values of all heads come from one low-rank projection"
 _RECURRENT = "linear attention or a state-space layer: its heads carry a state through time, not attention over tokens"
-_CROSS = "encoder and decoder with cross-attention, which reads two streams"
+CROSS = "encoder and decoder with cross-attention, which reads two streams"
 
 # Refused by name: what the depth-2 description does not cover.
 REFUSED: dict[str, str] = {
@@ -231,6 +231,6 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(
         "t5 mt5 umt5 bart mbart pegasus marian whisper led longt5 t5gemma blenderbot mvp prophetnet mllama".split(),
-        _CROSS,
+        CROSS,
     ),
 }

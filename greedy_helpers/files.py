@@ -57,13 +57,13 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object], overwrit
         raise FileExistsError(f"{folder} exists and is not empty; pass overwrite=True to replace it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = _folder_beside(folder)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
         raise OSError(f"cannot write to {folder.parent}: {error}") from error
     try:
         write(partial)
         if folder.is_dir():
-            replaced = _folder_beside(folder)
+            replaced = partial.with_suffix(".replaced")  # nothing is there: Windows renames onto no folder
             os.replace(folder, replaced)
             try:
                 os.replace(partial, folder)
@@ -78,10 +78,6 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object], overwrit
         raise
     os.chmod(folder, 0o755)  # mkdtemp made it private
     return folder
-
-
-def _folder_beside(folder: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
 
 
 def sha256_of(path: str | Path) -> str:

@@ -13,15 +13,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .families import FAMILIES, REFUSED, UNIT_AXES, Family, Kind, ModuleLayout
+from .families import CROSS, FAMILIES, REFUSED, UNIT_AXES, Family, Kind, ModuleLayout
 
 
 class UnknownFamily(ValueError):
@@ -93,24 +93,114 @@ def family_of(model: PreTrainedModel) -> Family:
     """The layouts of the model's family.
 
     Raises:
+        TypeError, UnsupportedModule: a model that cannot be cut as it is, see :func:`check_model`.
         UnsupportedModule: a family that is refused by name, with the reason.
         UnknownFamily: naming the model type, the known ones, and how to add one.
     """
+    check_model(model)
     model_type = getattr(model.config, "model_type", type(model).__name__)
-    if model_type in REFUSED:
+    if (family := _layouts(model.config)) is not None:
+        return family
+    if reason := refusal(model.config):
         raise UnsupportedModule(
-            f"model type {model_type!r} is not supported: {REFUSED[model_type]}. A family whose blocks are attention "
+            f"model type {model_type!r} is not supported: {reason}. A family whose blocks are attention "
             "and dense FFNs can be added: see greedy_helpers.discover and CONTRIBUTING.md"
         )
-    for key, family in FAMILIES.items():  # "type:flag" stands before "type"
-        name, _, flag = key.partition(":")
-        if name == model_type and (not flag or getattr(model.config, flag, False)):
-            return family
+    if (tower := _text_tower(model)) is not None:
+        path, config = tower
+        known = "which can be pruned by itself" if _layouts(config) else refusal(config) or "which has no layout"
+        raise UnsupportedModule(
+            f"model type {model_type!r} is not supported: it wraps a language model. Pass its text tower, "
+            f"model.{path}, of type {config.model_type!r}: {known}"
+        )
     known = sorted({key.partition(":")[0] for key in FAMILIES})
     raise UnknownFamily(
         f"no layout for model type {model_type!r}; known: {', '.join(known)}. To add one: "
         f"greedy_helpers.FAMILIES[{model_type!r}] = greedy_helpers.discover(model), or write a Family in "
         "greedy_helpers/families.py; then run tests/test_families.py: removing units has to equal zeroing them"
+    )
+
+
+def _layouts(config: PreTrainedConfig) -> Family | None:
+    for key, family in FAMILIES.items():  # "type:flag" stands before "type"
+        name, _, flag = key.partition(":")
+        if name == getattr(config, "model_type", None) and (not flag or getattr(config, flag, False)):
+            return family
+    return None
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why models of this config cannot be described as depth-2 modules; None if nothing speaks against it."""
+    return REFUSED.get(getattr(config, "model_type", None)) or (
+        CROSS if getattr(config, "is_encoder_decoder", False) else None
+    )
+
+
+def _text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedConfig] | None:
+    """Path and config of the language model in a model that reads pictures or sound as well."""
+    text = model.config.get_text_config()
+    for path, part in model.named_modules():
+        another = path and isinstance(part, PreTrainedModel) and part.config.model_type != model.config.model_type
+        if another and (part.config.model_type == text.model_type or _layouts(part.config) is not None):
+            return path, part.config
+    return None
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be cut as it is: wrapped, with adapters attached, or quantized.
+
+    Raises:
+        TypeError: not a transformers model.
+        UnsupportedModule: adapters of PEFT, or quantized weights, naming the layer.
+    """
+    name = type(model).__name__
+    if not hasattr(model, "config"):
+        inside = [path for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel)]
+        way_out = f"; it wraps one: pass .{inside[0]} of it" if inside else ""
+        raise TypeError(f"expected a transformers model, found {name}{way_out}")
+    adapters = [path for path, part in model.named_modules() if _is_adapter(part)]
+    wrapped = hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel)
+    if wrapped or adapters or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModule(
+            f"expected a plain model, found PEFT adapters in {name}{f' (at {adapters[0]})' if adapters else ''}: merge "
+            "them first, model = peft_model.merge_and_unload(), and pass the result"
+        )
+    quantized = next((path for path, part in model.named_modules() if is_quantized(part)), None)
+    if quantized is not None or getattr(model.config, "quantization_config", None):
+        where = f"{quantized}: {type(model.get_submodule(quantized)).__name__}" if quantized else "its config says so"
+        raise UnsupportedModule(f"expected full-precision weights, found a quantized {name} ({where}); {PRUNE_FIRST}")
+
+
+PRUNE_FIRST = "load the full-precision checkpoint, prune it, and quantize the result"
+# Words in the names of modules, and of classes (torch itself has a NonDynamicallyQuantizableLinear).
+_QUANTIZERS = "quant bitsandbytes torchao gptq awq hqq eetq vptq aqlm".split()
+_QUANTIZED = "quantized quantlinear 4bit 8bit".split()
+
+
+def _is_adapter(part: nn.Module) -> bool:
+    names = [*part._modules, *part._parameters]
+    return any(name in ("base_layer", "modules_to_save") or name.startswith("lora_") for name in names)
+
+
+def is_quantized(part: nn.Module) -> bool:
+    """Whether a module holds quantized weights, by the library it is from or by the numbers it holds."""
+    weights = [value for value in part._parameters.values() if value is not None]
+    # Buffers of integers are also positions or numbers of heads (one dimension), or belong to a module with parts.
+    tables = [value for value in part._buffers.values() if value is not None and value.ndim > 1 and not part._modules]
+    codes = any(_holds_codes(value) for value in weights + tables)
+    return codes or any(_is_quantizer(kind) for kind in {type(part), *map(type, weights)})
+
+
+@cache
+def _is_quantizer(kind: type) -> bool:
+    module, name = kind.__module__.lower(), kind.__name__.lower()
+    return any(word in module for word in _QUANTIZERS) or any(word in name for word in _QUANTIZED)
+
+
+def _holds_codes(value: Tensor) -> bool:
+    """Integers or 8-bit floats; a mask is neither."""
+    return value.is_quantized or (value.dtype.itemsize == 1 or not value.is_floating_point()) & (
+        value.dtype != torch.bool
     )
 
 
@@ -229,9 +319,11 @@ def depth2_modules(
     Raises:
         UnknownFamily: the model's type is not in the table.
         UnsupportedModule: a refused family, or `kinds` asks for attention in a family whose heads are coupled.
+        TypeError, UnsupportedModule: a wrapped, adapted or quantized model, see :func:`check_model`.
         IndexError: a block that the model does not have.
         ValueError: a kind that does not exist, or a weight whose channels do not factor into its layout.
     """
+    check_model(model)
     family = family or family_of(model)
     path, modules = blocks_path(model, family), []
     n_blocks = len(model.get_submodule(path))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,10 +36,21 @@ def is_lazy(model: PreTrainedModel) -> bool:
 
 
 def read_weight(model: PreTrainedModel, name: str, device: torch.device | str | None = None) -> Tensor:
-    """One weight of a lazy model, in the model's dtype: memory of its own, not a view of the file."""
+    """One weight of a lazy model, in the model's dtype: memory of its own, not a view of the file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file was removed or replaced after the model was loaded.
+    """
     file, key = model.weights_on_disk[name]
-    with safe_open(file, "pt") as weights:
-        return weights.get_tensor(key).to(device or "cpu", model.get_parameter(name).dtype, copy=True)
+    wanted, why = model.get_parameter(name), f"{name}: {file} was replaced after the model was loaded; load it again"
+    try:
+        with safe_open(file, "pt") as weights:
+            value = weights.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise FileNotFoundError(f"{why} ({error})") from error
+    if value.shape != wanted.shape:
+        raise ValueError(f"{why} (expected shape {list(wanted.shape)}, found {list(value.shape)})")
+    return value.to(device or "cpu", wanted.dtype, copy=True)
 
 
 @contextmanager

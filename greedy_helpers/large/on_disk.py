@@ -4,65 +4,126 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..structure import blocks_path
 from .lazy import entries, read_weight, same_kind
 
 
-def load_lazily(loader, place: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model with the weights of its blocks as placeholders, and where they are as `model.weights_on_disk`."""
+def load_lazily(
+    loader: type[PreTrainedModel], place: str, config: PreTrainedConfig, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    """The model with the weights of its blocks as placeholders, and where they are as `model.weights_on_disk`.
+
+    Raises:
+        FileNotFoundError: no safetensors files.
+        ValueError: a weight of another shape, that the files lack, or that the class does not have.
+    """
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(config)
     config.dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    files = _tensors_on_disk(place)
+    if not (files := stored_tensors(place)):
+        raise FileNotFoundError(f"{place}: lazy loading needs *.safetensors, found none")
     usual = torch.get_default_dtype()
     torch.set_default_dtype(config.dtype)  # as from_pretrained does
     try:
         with init_empty_weights(include_buffers=False):
-            model = loader.from_config(config) if loader is AutoModelForCausalLM else loader(config)
+            model = loader(config)
     finally:
         torch.set_default_dtype(usual)
     blocks, base, on_disk = f"{blocks_path(model)}.", f"{model.base_model_prefix}.", {}
+    read, missing = set(), set()
     for name, holder, key, value in entries(model):
         stored = next((n for n in (name, name.removeprefix(base), base + name) if n in files), None)
-        if stored is not None and files[stored][1] != list(value.shape):
-            raise ValueError(f"{place}: {name}: expected shape {list(value.shape)}, found {files[stored][1]}")
+        if stored is not None and files[stored].shape != list(value.shape):
+            raise misfit(place, name, value.shape, files[stored].shape)
         if stored is None:
+            missing |= {name} if value.is_meta else set()
             continue
+        read.add(stored)
         if isinstance(value, nn.Parameter) and name.startswith(blocks):
-            on_disk[name] = files[stored][0], stored
+            on_disk[name] = files[stored].file, stored
         else:
-            with safe_open(files[stored][0], "pt") as weights:
+            with safe_open(files[stored].file, "pt") as weights:
                 holder[key] = same_kind(value, weights.get_tensor(stored).to(value.dtype, copy=True))
-    model.tie_weights()
-    if lost := [name for name, _, _, value in entries(model) if value.is_meta and name not in on_disk]:
-        raise ValueError(f"{place}: lazy loading reads weights under their own names; not found: {', '.join(lost[:3])}")
+    model.tie_weights(missing_keys=missing)  # what the files hold twice, with other values, stays two
+    lost = {name for name, _, _, value in entries(model) if value.is_meta and name not in on_disk}
+    if lost:
+        raise ValueError(
+            f"{place} lacks weights of {type(model).__name__}, as its config.json says; lazy loading reads weights "
+            f"under their own names; not found: {', '.join(sorted(lost)[:3])}"
+        )
+    check_keys(model, place, lost, files.keys() - read)
     model.weights_on_disk = on_disk
-    if (Path(place) / "generation_config.json").is_file():
+    if model.can_generate() and (Path(place) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
     return model
 
 
-def _tensors_on_disk(place: str) -> dict[str, tuple[str, list[int]]]:
-    """Every tensor in a checkpoint's safetensors files: its key there -> (file, shape)."""
-    if not Path(place).is_dir():
-        from huggingface_hub import snapshot_download
+def check_keys(model: PreTrainedModel, place: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse weights that a folder lacks or that the class has no place for: one would be random, the other lost.
 
-        place = snapshot_download(place, allow_patterns=["*.json", "*.safetensors"])
+    Raises:
+        ValueError: naming the first three of each.
+    """
+    # Tables that older versions stored and newer ones compute: masks, frequencies, positions.
+    base, ignored = f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_unexpected or ()
+    patterns = [*ignored, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"]
+    tables = {name.removeprefix(base) for name, _ in model.named_buffers()}
+    unexpected = [
+        name
+        for name in unexpected
+        if name.removeprefix(base) not in tables and not any(re.search(pattern, name) for pattern in patterns)
+    ]
+    for names, what in ((missing, "lacks weights of"), (unexpected, "holds weights that are not of")):
+        if names := sorted(names):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"{place} {what} {type(model).__name__}, the class in its config.json: {', '.join(names[:3])}{more}. "
+                "Correct config.architectures, or load the model with transformers if you can do without them"
+            )
+
+
+def misfit(place: str, name: str, expected: Iterable[int], found: Iterable[int]) -> ValueError:
+    """The error for a weight of a shape that config.json does not say."""
+    return ValueError(
+        f"{place}: {name}: expected shape {list(expected)}, found {list(found)}, which is not what config.json says; a "
+        "model that was pruned in memory has to be saved with greedy_helpers.save_pruned, not with save_pretrained"
+    )
+
+
+class Stored(NamedTuple):
+    """Where a tensor is, and what: `dtype` as safetensors writes it, such as `"F16"`."""
+
+    file: str
+    shape: list[int]
+    dtype: str
+
+
+def stored_tensors(place: str | Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint's safetensors files by its key there; those of the index, where there is one."""
+    place = Path(place)
+    index = place / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = [place / name for name in sorted(names)]
+    if not index.is_file() and not files[0].is_file():
+        files = sorted(place.glob("*.safetensors"))
     found = {}
-    for file in sorted(Path(place).glob("*.safetensors")):
+    for file in files:
         with safe_open(file, "pt") as weights:
-            found |= {key: (str(file), list(weights.get_slice(key).get_shape())) for key in weights.keys()}  # noqa: SIM118
-    if not found:
-        raise FileNotFoundError(f"{place}: lazy loading needs *.safetensors, found none")
+            for key in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(key)
+                found[key] = Stored(str(file), list(part.get_shape()), str(part.get_dtype()))
     return found
 
 
@@ -89,4 +150,5 @@ def write_lazily(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None
 
 
 def cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`value` in `dtype` if it is of a floating type."""
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
