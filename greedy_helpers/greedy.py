@@ -74,9 +74,8 @@ def eliminate(
     n_units, width = index.shape
     if not 1 <= n_keep <= n_units:
         raise ValueError(f"eliminate: expected to keep between 1 and {n_units} units, found {n_keep}")
-    h = h.to(dtype)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h)) if inverse is None else inverse
-    state = _State(h, inverse, solution, tolerance * (1e3 if dtype == torch.float32 else 1))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.to(dtype))) if inverse is None else inverse
+    state = _State(h, inverse, solution, tolerance * (1e3 if torch.float32 in (dtype, h.dtype) else 1))
     step = _single_channels if width == 1 else _one_unit
     left = index.to(h.device)
     units = torch.arange(n_units, device=h.device)

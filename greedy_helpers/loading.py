@@ -20,9 +20,10 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from .doors import PRUNE_FIRST, UnsupportedModule
 from .families import FAMILIES
 from .large.on_disk import stored_tensors
-from .structure import PRUNE_FIRST, UnsupportedModule, refusal
+from .structure import refusal
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

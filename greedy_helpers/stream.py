@@ -1,4 +1,4 @@
-"""Running a model block by block and reading what its linears see. The only file with hooks."""
+"""Running a model block by block and reading what its linears see. Its hooks never outlive their `with`."""
 
 from __future__ import annotations
 
@@ -378,47 +378,6 @@ def _forward_replaced(modules: Sequence[nn.Module], forward: Callable[..., Any])
             vars(module).pop("forward", None)
             if before is not None:
                 module.forward = before
-
-
-def slice_head_inputs(owner: nn.Module, names: Sequence[str], keep: Tensor, n_units: int, group: int = 1) -> None:
-    """From now on `owner`'s forward sees only the kept heads' slices of these arguments (alibi, per-head masks).
-
-    The model makes such tensors once for all blocks and all heads. Which heads this block still has is a buffer of
-    the owner, so it is saved, loaded, copied and moved with the weights.
-
-    Args:
-        keep: long [n_keep], sorted units among the `n_units` that are there now.
-        group: query heads per unit.
-    """
-    before = getattr(owner, "kept_heads", None)
-    before = torch.arange(n_units * group, device=keep.device) if before is None else before
-    heads = (keep[:, None] * group + torch.arange(group, device=keep.device)).flatten()
-    device = next(owner.parameters()).device
-    if "kept_heads" in owner._buffers:
-        owner.kept_heads = before[heads.to(before.device)]
-    else:
-        owner.register_buffer("kept_heads", before[heads].to(device))
-        owner.register_forward_pre_hook(_HeadInputs(tuple(names)), with_kwargs=True)
-
-
-class _HeadInputs:
-    """The hook itself; a class and not a closure, so that a model that carries it can be copied and pickled."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def __call__(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        found = {name: kwargs[name] for name in self.names if isinstance(kwargs.get(name), Tensor)}
-        return args, kwargs | {name: _slice(value, owner.kept_heads, len(hidden)) for name, value in found.items()}
-
-
-def _slice(value: Tensor, heads: Tensor, batch: int) -> Tensor:
-    if value.ndim == 3 and len(value) > batch:  # [batch * heads, 1, key], as Bloom has it
-        return value.unflatten(0, (batch, -1))[:, heads].flatten(0, 1)
-    if value.ndim == 4 and value.shape[1] > 1:  # [batch, heads, query, key]
-        return value[:, heads]
-    return value  # the same for all heads
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from greedy_helpers import (
 )
 from greedy_helpers.criteria import by_kind
 from greedy_helpers.recipes import CRITERIA, OSSCAR, PREPARED, name_of
-from greedy_helpers.remedies import REMEDIES, Remedy
+from greedy_helpers.remedies import REMEDIES, Remedy, refit_survivors
 from greedy_helpers.similarity import redundant_first
 
 
@@ -31,7 +31,7 @@ from greedy_helpers.similarity import redundant_first
 def test_unknown_words_are_refused_with_the_known_ones(field):
     with pytest.raises(ValueError, match=rf"expected a {field} among .*; .*: found 'magic'"):
         Recipe(**{field: "magic"})
-    with pytest.raises(TypeError, match=f"expected a {field} by name or as an object, found 3"):
+    with pytest.raises(TypeError, match=f"expected as {field} .*, found 3"):
         Recipe(**{field: 3})
 
 
@@ -66,6 +66,13 @@ def test_recipes_in_words():
     assert Recipe("L2", Remedy(after=lambda *_: None)).names["remedy"].startswith("Remedy(")
 
 
+class Counting:
+    """A criterion that is an object; its default repr would hold an address."""
+
+    def __call__(self, module, seen):
+        return torch.arange(module.n_units)
+
+
 def test_names_of_functions_and_their_options():
 
     def wanted(block, module, seen, share):
@@ -75,15 +82,20 @@ def test_names_of_functions_and_their_options():
     names = {
         "second moment": second_moment,
         "L2": weight_norm,
-        "L1": CRITERIA["L1"],
         "magic": "magic",
-        "FLAP WIFV(published_code=True)": partial(flap, published_code=True),
-        "exact greedy(swaps=3, whole_path=True)": partial(exact_greedy, swaps=3, whole_path=True),
-        "by_kind(attention=exact greedy(swaps=3), ffn=output energy)": greedy_heads,
+        "flap(published_code=True)": partial(flap, published_code=True),
+        "exact_greedy(swaps=3, whole_path=True)": partial(exact_greedy, swaps=3, whole_path=True),
+        "by_kind(attention=exact_greedy(swaps=3), ffn=output energy)": greedy_heads,
         "wanted(3, share=0.5)": partial(wanted, 3, share=0.5),
+        "Counting": Counting(),
+        "L1": partial(weight_norm, p=1),  # like the table's
+        "post, local": Remedy(after=refit_survivors, target="local"),
+        "Remedy(after=refit_survivors, target='residual', reads_means=True)": Remedy(
+            after=refit_survivors, target="residual", reads_means=True
+        ),
         "redundant_first(criterion=second moment, tau=0.2)": partial(redundant_first, criterion=second_moment, tau=0.2),
     }
-    assert {name_of(part): part for part in names.values()} == names
+    assert [name_of(part) for part in names.values()] == list(names)
 
 
 def test_different_known_scores_have_different_names():

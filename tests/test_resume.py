@@ -239,7 +239,10 @@ def test_a_lazy_model_goes_on_too(tmp_path):
         ({"damp": 0.1}, "damp was 0.01, is now 0.1"),
         ({"remedy": "post"}, "remedy was 'both, residual', is now 'post'"),
         ({"plan": {"model.layers.0.mlp": 40}, "ratio": None}, "plan was None, is now .*; ratio was 0.4, is now None"),
-        ({"criterion": partial(random_scores, seed=1)}, r"criterion was 'exact greedy', is now 'random\(seed=1\)'"),
+        (
+            {"criterion": partial(random_scores, seed=1)},
+            r"criterion was 'exact greedy', is now 'random_s.*seed=1\)'",
+        ),
         ({"blocks": [0]}, r"blocks was \[0, 1\], is now \[0\]"),
         ({"kinds": {"gated_ffn"}}, r"kinds was \['attention', 'gated_ffn'\], is now \['gated_ffn'\]"),
         ({"batch_size": 5}, "batch_size was 4, is now 5"),
