@@ -20,8 +20,8 @@ _TEMPLATE = """---
 ---
 # A pruned language model
 
-Whole attention heads and feed-forward channels were removed without retraining, after *Greedy Output Approximation*
-(Li, Dong, Lei; arXiv 2407.19126).
+Whole attention heads and feed-forward channels were removed without retraining, with `greedy_helpers`: it implements
+*Greedy Output Approximation* (Li, Dong, Lei; arXiv 2407.19126) and its rivals. The table says by which recipe.
 
 | | |
 |---|---|
@@ -49,24 +49,24 @@ def model_card(
     Args:
         dense: the model before any pruning; the meta device is enough.
         report: adds what was asked for, and how it was done.
-        details: further rows. `"base model"` becomes the card's `base_model` if it is a Hub id.
+        details: further rows. `"base model"`, or the place that the model was loaded from, becomes the card's
+            `base_model` if it is a Hub id.
     """
     details = details or {}
     data = ModelCardData(
-        base_model=_hub_id(details.get("base model")),
-        library_name="transformers",
-        tags=["structured-pruning", "greedy-output-approximation"],
+        base_model=_hub_id(details.get("base model") or model.name_or_path),
+        library_name="greedy-helpers",  # plain transformers refuses blocks of different sizes
+        tags=["structured-pruning"],
     )
     rows = {"architecture": type(dense).__name__}
     if report is not None:
-        rows["asked for"] = (
-            "sizes by plan" if report.ratio is None else f"{report.ratio:.4g} of the units of each module removed"
-        )
+        rows["asked for"] = report.asked
     rows |= _removed(model, dense)
     if report is not None:
+        damping = "" if report.remedy in ("none", "bias") else f" (damping {report.damp:g})"
         rows |= {
             "criterion": report.criterion,
-            "remedy": f"{report.remedy} (damping {report.damp:g})",
+            "remedy": report.remedy + damping,
             "allocation": report.allocation,
             "calibration": f"{report.tokens:,} tokens",
         }
