@@ -4,9 +4,10 @@
     python benchmarks/walk.py ../before              # writes data/results/walk_cpu.json
 
 A random llama (1,024 wide, 8 blocks, 2,816 channels), 16,384 tokens, float32, with the paper's recipe and the
-recommended one. Each run is a process of its own; the two checkouts take turns, so that a machine that slows down slows
-both. Ratios are of medians. The units that stay are compared in the first round; the weights in a pair of float64 runs
-of a smaller model, where rounding cannot hide a difference.
+recommended one. Each run is a process of its own with one thread. The two checkouts run at the same time, so that a
+machine that slows down slows both. Ratios are of medians over the rounds, of seconds on the clock and of seconds of
+work. The units that stay are compared in the first round; the weights in a pair of float64 runs of a smaller model,
+where rounding cannot hide a difference. The file is written after every round.
 """
 
 from __future__ import annotations
@@ -61,21 +62,65 @@ def one_run(sizes: dict, recipe: str, out: str) -> None:
     else:
         how = {"criterion": gh.exact_greedy(), "refit": "both", "target": "residual"}
     with peak_memory() as memory:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         report = gh.prune(model, tokens, 0.25, **how, progress=False)
-        seconds = time.perf_counter() - started
+        seconds, work = time.perf_counter() - started, time.process_time() - worked
     if out:
         torch.save(model.state_dict(), out)
-    print(json.dumps({"seconds": seconds, "rise": memory.rise, "keep": [step.keep.tolist() for step in report.steps]}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "work": work,
+                "rise": memory.rise,
+                "keep": [step.keep.tolist() for step in report.steps],
+            }
+        )
+    )
 
 
-def run(checkout: Path, sizes: dict, recipe: str, out: str = "") -> dict:
+def start(checkout: Path, sizes: dict, recipe: str, out: str = "") -> subprocess.Popen:
     command = [sys.executable, __file__, str(checkout), "--run", json.dumps(sizes), recipe, out]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
-    if said.returncode:
-        raise RuntimeError(said.stderr)
-    return json.loads(said.stdout.splitlines()[-1])
+    environment = os.environ | {"PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment, cwd=checkout, **pipes)
+
+
+def result(process: subprocess.Popen) -> dict:
+    said, complaint = process.communicate()
+    if process.returncode:
+        raise RuntimeError(complaint)
+    return json.loads(said.splitlines()[-1])
+
+
+def side_by_side(checkouts: dict[str, Path], sizes: dict, recipe: str, folder: str = "") -> dict[str, dict]:
+    """One run of each checkout, all at the same time."""
+    out = {name: f"{folder}/{name}.pt" if folder else "" for name in checkouts}
+    processes = {name: start(place, sizes, recipe, out[name]) for name, place in checkouts.items()}
+    return {name: result(process) for name, process in processes.items()}
+
+
+def summary(recipe: str, rounds: list[dict[str, dict]], equality: dict) -> dict:
+    row: dict = {"recipe": recipe, "rounds": len(rounds)}
+    for key, words in (("seconds", "seconds"), ("work", "seconds of work")):
+        medians = {name: statistics.median(one[name][key] for one in rounds) for name in ("before", "now")}
+        row |= {f"{words} {name}": round(value, 1) for name, value in medians.items()}
+        row[f"times as fast, {words}"] = round(medians["before"] / medians["now"], 3)
+    for name in ("before", "now"):
+        row[f"peak MB {name}"] = round(statistics.median(one[name]["rise"] for one in rounds) / 1e6, 1)
+    row["same units kept"] = rounds[0]["before"]["keep"] == rounds[0]["now"]["keep"]
+    return row | equality
+
+
+def same_weights(checkouts: dict[str, Path], recipe: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        pair = side_by_side(checkouts, COMPARED, recipe, folder)
+        one, other = (torch.load(f"{folder}/{name}.pt") for name in checkouts)
+    difference = max(((one[k] - other[k]).norm() / one[k].norm()).item() for k in one)
+    return {
+        "float64: same units kept": pair["before"]["keep"] == pair["now"]["keep"],
+        "float64: largest relative difference of a weight": float(f"{difference:.2g}"),
+    }
 
 
 def main() -> None:
@@ -93,31 +138,15 @@ def main() -> None:
         name: subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=place, text=True).strip()
         for name, place in checkouts.items()
     }
-    rows = []
-    for recipe in RECIPES:
-        results = {name: [] for name in checkouts}
-        for repeat in range(args.repeats):
-            for name, place in checkouts.items():
-                results[name].append(run(place, TIMED, recipe))
-            print(recipe, repeat, {n: round(r[-1]["seconds"], 1) for n, r in results.items()}, flush=True)
-        seconds = {name: statistics.median(r["seconds"] for r in part) for name, part in results.items()}
-        peak = {name: statistics.median(r["rise"] for r in part) / 1e6 for name, part in results.items()}
-        with tempfile.TemporaryDirectory() as folder:
-            pair = [run(place, COMPARED, recipe, f"{folder}/{name}.pt") for name, place in checkouts.items()]
-            one, other = (torch.load(f"{folder}/{name}.pt") for name in checkouts)
-        difference = max(((one[k] - other[k]).norm() / one[k].norm()).item() for k in one)
-        rows.append({
-            "recipe": recipe,
-            **{f"seconds {name}": round(value, 2) for name, value in seconds.items()},
-            "times as fast": round(seconds["before"] / seconds["now"], 3),
-            **{f"peak MB {name}": round(value, 1) for name, value in peak.items()},
-            "same units kept": results["before"][0]["keep"] == results["now"][0]["keep"],
-            "float64: same units kept": pair[0]["keep"] == pair[1]["keep"],
-            "float64: largest relative difference of a weight": float(f"{difference:.2g}"),
-        })  # fmt: skip
-        print(rows[-1], flush=True)
-    settings = {**machine("cpu"), "commits": commits, "repeats": args.repeats, "timed": TIMED, "compared": COMPARED}
-    save({"settings": settings | {"load average": load_average()}, "rows": rows}, results_file("walk", "cpu"))
+    settings = {**machine("cpu"), "threads": 1, "commits": commits, "timed": TIMED, "compared": COMPARED}
+    equality = {recipe: same_weights(checkouts, recipe) for recipe in RECIPES}
+    rounds: dict[str, list[dict]] = {recipe: [] for recipe in RECIPES}
+    for _ in range(args.repeats):
+        for recipe in RECIPES:
+            rounds[recipe].append(side_by_side(checkouts, TIMED, recipe))
+            rows = [summary(name, part, equality[name]) for name, part in rounds.items() if part]
+            save({"settings": settings | {"load average": load_average()}, "rows": rows}, results_file("walk", "cpu"))
+            print(rows[-1], flush=True)
 
 
 if __name__ == "__main__":
