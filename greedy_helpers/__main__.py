@@ -18,7 +18,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from .allocation import check_ratio
-from .checkpoint import MANIFEST, load_model, load_tokenizer, save_pruned
+from .checkpoint import MANIFEST, check_config, load_model, load_tokenizer, save_pruned
 from .compare import Settings, frame, recipe_of, sweep
 from .course.choices import choice_tasks
 from .course.multiple_choice import multiple_choice
@@ -121,6 +121,7 @@ def _recipe(name: str, seed: int, **given: str | float | None) -> Recipe:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    check_config(name)
     try:
         return load_tokenizer(name)
     except FileNotFoundError:

@@ -94,6 +94,18 @@ def load_model(
         ) from error
 
 
+def check_config(name_or_path: str | Path) -> None:
+    """Refuse a local folder by its config.json alone, before anything else is read.
+
+    Raises:
+        ValueError, UnsupportedModule: as :func:`load_model`.
+    """
+    place, is_local = _resolve(str(name_or_path))
+    file = Path(place) / "config.json"
+    if is_local and file.is_file():
+        read_config(place, json.loads(file.read_text()))
+
+
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer alone, without the weights; names as in :func:`load_model`."""
     return load_tokenizer_of(_resolve(str(name_or_path))[0], trust_remote_code)

@@ -421,8 +421,9 @@ def test_a_config_that_its_class_refuses_is_one_sentence(name, entries, tmp_path
 )
 def test_the_command_line_says_why_in_one_sentence(build, entries, message, tmp_path, capsys):
     folder = saved(build(), tmp_path / "model", **entries)
+    load_tokenizer("llama-mini").save_pretrained(folder)  # the command line looks for it first
     capsys.readouterr()
-    assert main(["prune", str(folder), str(tmp_path / "pruned")]) == 1
+    assert main(["prune", str(folder), str(tmp_path / "pruned"), "--source", "code"]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]
     assert not any("LOAD REPORT" in line or "Traceback" in line for line in said)
