@@ -84,8 +84,7 @@ def read_text(
     Only "fast" tokenizers say which characters a token stands for: with another there are no bits per byte.
 
     Raises:
-        TypeError: no tokenizer.
-        Otherwise as :func:`~greedy_helpers.data.documents`.
+        TypeError: no tokenizer. Otherwise as :func:`~greedy_helpers.data.documents`.
     """
     prefix = prefix_ids(tokenizer)
     separator = separator_id(tokenizer)
