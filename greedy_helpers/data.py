@@ -274,8 +274,7 @@ def pack(
 
     Returns:
         windows: long [n, seq].
-        rest: long [r], r < seq: the tokens after the last full window. The windows behind their prefix, flattened, and
-            `rest` are the stream.
+        rest: long [r], r < seq: the tokens after the last full window; what follows the prefixes, and `rest`, is all.
 
     Raises:
         ValueError: `seq` is below 2 or leaves no room behind the prefix.
