@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import prefix_ids, separator_id
+from .structure import eval_mode
 
 
 def random_tokens(vocabulary: int | PreTrainedModel, n: int = 16, seq: int = 128, seed: int = 0) -> Tensor:
@@ -78,15 +79,11 @@ def self_generated_tokens(
     elif start != "separator":
         raise ValueError(f"self_generated_tokens: expected start 'separator' or 'random', found {start!r}")
     draws = torch.rand(n, seq - begin.shape[1], generator=generator, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         parts = [
             _sample(model, tokens.to(model.device), uniform.to(model.device), temperature, top_k)
             for tokens, uniform in zip(begin.split(batch_size), draws.split(batch_size), strict=True)
         ]
-    finally:
-        model.train(was_training)
     return torch.cat(parts).cpu()
 
 

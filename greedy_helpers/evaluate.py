@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Split, documents, prefix_ids, separator_id
-from .structure import check_tokens, input_device
+from .structure import check_tokens, eval_mode, input_device
 
 
 @torch.no_grad()
@@ -44,9 +44,7 @@ def token_losses(model: PreTrainedModel, tokens: Tensor, batch_size: int = 16) -
         As :func:`perplexity`.
     """
     check_tokens(model, tokens, packed=True)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in tokens.split(batch_size):
             batch = batch.to(input_device(model))
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
@@ -54,8 +52,6 @@ def token_losses(model: PreTrainedModel, tokens: Tensor, batch_size: int = 16) -
             if not losses.isfinite().all():
                 raise FloatingPointError(f"perplexity: {type(model).__name__} returned NaN or Inf logits")
             yield losses.double().view(len(batch), -1).cpu()
-    finally:
-        model.train(was_training)
 
 
 @dataclass(frozen=True)

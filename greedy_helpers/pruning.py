@@ -63,9 +63,8 @@ def prune_module(module: Depth2Module, seen: Seen, job: Job) -> PruneStep:
     check_same(f"{module.name}: the units to keep", keep)
 
     # a unit's channels do not depend on the other units, so the survivors' moments are already known
-    gone = torch.ones(level2.n_channels, dtype=torch.bool, device="cpu")
-    gone[level2.index[keep].flatten()] = False
-    cut = Cut(seen.level2.select((~gone).nonzero().flatten()), weight_of(level2.linear), gone.nonzero().flatten())
+    stays = level2.stays(keep)
+    cut = Cut(seen.level2.select(stays.nonzero().flatten()), weight_of(level2.linear), (~stays).nonzero().flatten())
     remove_units(module, keep)
     error = error_cut = cut.survivors.relative_error(weight_of(level2.linear), level2.linear.bias)
     if job.remedy.after:

@@ -47,6 +47,17 @@ class ChannelGroup:
         """Channels of the layer on that side, shared ones included."""
         return weight_of(self.linear).shape[0 if self.side == "out" else 1]
 
+    def stays(self, keep: Tensor) -> Tensor:
+        """Which channels are left when the units `keep` (long) stay: bool [n_channels] on the CPU.
+
+        By what goes, so that channels that no unit owns stay.
+        """
+        gone = torch.ones(len(self.index), dtype=torch.bool, device="cpu")
+        gone[keep] = False
+        stays = torch.ones(self.n_channels, dtype=torch.bool, device="cpu")
+        stays[self.index[gone].flatten()] = False
+        return stays
+
 
 @dataclass(frozen=True)
 class Depth2Module:

@@ -55,14 +55,10 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
         Whatever is raised (out of memory, too), the module is left as it was.
     """
     keep = check_units(module, keep, least=1, most=module.n_units)
-    gone = torch.ones(module.n_units, dtype=torch.bool, device="cpu")
-    gone[keep] = False
     planned = []
     for group in module.groups:  # plan everything before changing anything
         weight, bias = weight_of(group.linear), group.linear.bias
-        stays = torch.ones(group.n_channels, dtype=torch.bool, device="cpu")
-        stays[group.index[gone].flatten()] = False  # by what goes: channels that no unit owns stay
-        channels = stays.nonzero().flatten().to(weight.device)
+        channels = group.stays(keep).nonzero().flatten().to(weight.device)
         if group.side == "out":
             planned.append((group.linear, weight[channels], None if bias is None else bias[channels]))
         else:

@@ -1,6 +1,7 @@
 """Shared by all tests: tiny models, calibration tokens, a silent `prune`; and what nbval needs to run the notebooks."""
 
 import os
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the whole suite runs without a network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -43,6 +44,17 @@ def quiet(model, calibration, ratio=None, *, criterion=second_moment, remedy="no
 @pytest.fixture
 def tokens():
     return calibration(6, seed=1)
+
+
+@contextmanager
+def threads(n):
+    """Torch computes with `n` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def state_of(model) -> dict:

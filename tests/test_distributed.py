@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import calibration, quiet
+from conftest import calibration, quiet, threads
 from tiny import tiny_model
 
 from greedy_helpers import (
@@ -34,10 +34,8 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    yield
-    torch.set_num_threads(before)
+    with threads(1):  # a forked process has none of its parent's threads
+        yield
 
 
 def together(size, run, folder, patience=60):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import calibration
+from conftest import calibration, threads
 from tiny import tiny_model
 from torch import nn
 
@@ -23,10 +23,8 @@ INDEX = torch.arange(N_UNITS * WIDTH).view(N_UNITS, WIDTH)
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_model, assert_same_report, assert_untouched, calibration, quiet, state_of
+from conftest import assert_same_model, assert_same_report, assert_untouched, calibration, quiet, state_of, threads
 from tiny import tiny_model
 
 from greedy_helpers import blocks_of, exact_greedy, load_model, output_energy, random_scores
@@ -49,10 +49,8 @@ def assert_same(model, report, expected_model, expected_report):
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """A forked process has none of its parent's threads, and another number of threads rounds otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

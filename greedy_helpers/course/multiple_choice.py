@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..structure import check_tokens
+from ..structure import check_tokens, eval_mode
 
 _COLUMNS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
@@ -146,13 +146,9 @@ def multiple_choice(
             raise ValueError(f"multiple_choice: item {owner}: {n_scored} of its {len(ids)} tokens are left to score")
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # like lengths together: little padding
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in torch.tensor(order).split(batch_size):
             sums[batch] = _log_likelihoods(model, [rows[row] for row in batch])
-    finally:
-        model.train(was_training)
     return ChoiceScores(
         tuple(tuple(part.tolist()) for part in sums.split([len(item.choices) for item in items])),
         tuple(tuple(map(len, item.choices)) for item in items),
