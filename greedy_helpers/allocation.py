@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .structure import Depth2Module, blocks_of, count_parameters, depth2_modules, weight_of
+from .structure import Depth2Module, Units, blocks_of, count_parameters, depth2_modules, weight_of
 
 Plan = Mapping[str, int]
 
@@ -35,19 +35,24 @@ def n_removed(n_units: int, ratio: float) -> int:
     return int(check_ratio(ratio) * n_units + 1e-9)
 
 
-def keep_best(scores: Tensor, n_keep: int) -> Tensor:
-    """The `n_keep` highest of `scores`: sorted long [n_keep]. Equal scores: the earlier unit stays.
+def keep_best(scores: Tensor, n_keep: int, n_sets: int = 1) -> Tensor:
+    """The `n_keep` highest of `scores`, or as many of each set: sorted long [n_keep]. Equal scores: the earlier stays.
+
+    Args:
+        n_sets: see :class:`~greedy_helpers.structure.Depth2Module`.
 
     Raises:
-        ValueError: n_keep outside [1, n].
+        ValueError: n_keep outside [1, n], or not the same number in every set.
         FloatingPointError: a score is NaN.
     """
-    if not 1 <= n_keep <= len(scores):
-        raise ValueError(f"expected to keep between 1 and {len(scores)} units, found {n_keep}")
+    if not 1 <= n_keep <= len(scores) or n_keep % n_sets:
+        sets = f", a multiple of {n_sets}" if n_sets > 1 else ""
+        raise ValueError(f"expected to keep between 1 and {len(scores)} units{sets}, found {n_keep}")
     if scores.isnan().any():
         raise FloatingPointError(f"expected a number for every unit, found {int(scores.isnan().sum())} NaN scores")
-    order = torch.argsort(scores.cpu(), descending=True, stable=True)
-    return torch.sort(order[:n_keep]).values
+    order = torch.argsort(scores.cpu().view(n_sets, -1), dim=1, descending=True, stable=True)[:, : n_keep // n_sets]
+    first = torch.arange(n_sets, device="cpu")[:, None] * (len(scores) // n_sets)
+    return torch.sort((first + order).flatten()).values
 
 
 def middle_blocks(model: PreTrainedModel, first: int = 4, last: int = 2) -> range:
@@ -103,7 +108,7 @@ def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int, *, multiple
         raise ValueError(f"uniform_plan: expected a multiple of at least 1 channel, found {multiple!r}")
 
     def plan_of(ratio: float) -> dict[str, int]:
-        return {m.name: _n_kept(m.n_units, ratio, 1 if m.kind == "attention" else multiple) for m in modules}
+        return {m.name: _n_kept(m.n_units, ratio, m.n_sets if m.kind == "attention" else multiple) for m in modules}
 
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -158,9 +163,9 @@ def adaptive_plan(
         values = scores[module.name].double().cpu()
         spread = values.std() if len(values) > 1 else torch.tensor(0.0)
         standard = (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
-        cost = unit_parameters(module)
-        lowest = standard.sort().values[: _n_free(module, floor)].tolist()
-        candidates += [(value, cost, module.name) for value in lowest]
+        cost = unit_parameters(module) * module.n_sets
+        rounds = standard.view(module.n_sets, -1).sort(dim=1).values.mean(0)  # one unit of each set goes at a time
+        candidates += [(value, cost, module.name) for value in rounds[: _n_free(module, floor)].tolist()]
     return _cheapest_first(modules, candidates, n_parameters)
 
 
@@ -183,28 +188,35 @@ def cost_plan(
     """
     candidates = []
     for module in modules:
-        rising = scores[module.name].double().sort().values[: _n_free(module, floor)]
+        rising = (
+            scores[module.name].double().sort().values[module.n_sets - 1 :: module.n_sets][: _n_free(module, floor)]
+        )
         # a unit that costs little behind one that costs much is not for sale alone: average the price over both
         prices = _rising_prices(rising.diff(prepend=rising.new_zeros(1)).tolist())
-        cost = unit_parameters(module)
+        cost = unit_parameters(module) * module.n_sets
         candidates += [((price / cost, place), cost, module.name) for place, price in enumerate(prices)]
     return _cheapest_first(modules, candidates, n_parameters)
 
 
 def _n_free(module: Depth2Module, floor: float) -> int:
-    """How many units may go when the share `floor`, and at least one, has to stay."""
-    return module.n_units - max(1, round(floor * module.n_units))
+    """How many units of each of its sets may go when the share `floor`, and at least one, has to stay."""
+    in_set = module.n_units // module.n_sets
+    return in_set - max(1, round(floor * in_set))
 
 
 def _cheapest_first(
     modules: Sequence[Depth2Module], candidates: Sequence[tuple[Any, int, str]], n_parameters: int
 ) -> dict[str, int]:
-    """Let units go in the order of their keys until `n_parameters` are gone: candidates are (key, parameters, name)."""
+    """Let units go in the order of their keys until `n_parameters` are gone: candidates are (key, parameters, name).
+
+    A candidate is one unit of each of its module's sets.
+    """
     plan, removed = {module.name: module.n_units for module in modules}, 0
+    at_once = {module.name: module.n_sets for module in modules}
     for _, cost, name in sorted(candidates):
         if removed >= n_parameters:
             break
-        plan[name] -= 1
+        plan[name] -= at_once[name]
         removed += cost
     _check_enough(modules, plan, n_parameters)
     return plan
@@ -235,7 +247,7 @@ def redundancy_plan(
         ValueError: the heads alone exceed the budget, or the FFNs cannot fill it.
     """
     attention = [m for m in modules if m.kind == "attention"]
-    plan = {m.name: max(1, m.n_units - len(redundant.get(m.name, ()))) for m in attention}
+    plan = {m.name: _n_left(m, len(redundant.get(m.name, ()))) for m in attention}
     left = n_parameters - removed_parameters(attention, plan)
     if left < 0:
         raise ValueError(
@@ -243,6 +255,11 @@ def redundancy_plan(
             f"{n_parameters:,}; expected a smaller tau or a larger ratio"
         )
     return plan | uniform_plan([m for m in modules if m.kind != "attention"], left)
+
+
+def _n_left(module: Depth2Module, n_gone: int) -> int:
+    """What stays when at most `n_gone` units go, the same number of every set, and one of each stays."""
+    return max(module.n_sets, module.n_units - n_gone // module.n_sets * module.n_sets)
 
 
 def removed_parameters(modules: Sequence[Depth2Module], plan: Plan) -> int:
@@ -255,20 +272,31 @@ def _check_enough(modules: Sequence[Depth2Module], plan: Plan, n_parameters: int
         raise ValueError(f"expected at least {n_parameters:,} parameters in removable units, found {most:,}")
 
 
-def check_plan(model: PreTrainedModel, plan: Plan, chosen: Collection[str] | None = None) -> None:
+def check_plan(
+    model: PreTrainedModel,
+    plan: Plan,
+    chosen: Collection[str] | None = None,
+    unit: Units = "query",
+) -> None:
     """Refuse a plan that names modules the model lacks, or keeps none or more than all of their units.
 
     Args:
         chosen: the modules that may be pruned at all; default: all.
+        unit: see :func:`~greedy_helpers.structure.depth2_modules`.
 
     Raises:
         KeyError, ValueError: naming the module.
     """
-    units = {module.name: module.n_units for module in depth2_modules(model)}
+    units = {module.name: (module.n_units, module.n_sets) for module in depth2_modules(model, unit=unit)}
     for name, n_keep in plan.items():
         if name not in units:
             raise KeyError(f"plan: the model has no module {name!r}; it has {', '.join(list(units)[:4])}, ...")
         if chosen is not None and name not in chosen:
             raise KeyError(f"plan: {name} is not among the blocks and kinds that are to be pruned")
-        if isinstance(n_keep, bool) or not isinstance(n_keep, int) or not 1 <= n_keep <= units[name]:
-            raise ValueError(f"plan: {name}: expected to keep between 1 and {units[name]} units, found {n_keep!r}")
+        n_units, n_sets = units[name]
+        whole = isinstance(n_keep, int) and not isinstance(n_keep, bool)
+        if not whole or not 1 <= n_keep <= n_units or n_keep % n_sets:
+            kind = (
+                f"{n_sets} to {n_units} query heads, a multiple of {n_sets}" if n_sets > 1 else f"1 to {n_units} units"
+            )
+            raise ValueError(f"plan: {name}: expected to keep {kind}, found {n_keep!r}")

@@ -92,11 +92,16 @@ def _removed(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, str]:
         name: f"{after[key]:,} of {before[key]:,} left ({1 - after[key] / before[key]:.1%} removed)"
         for key, name in {"blocks": "parameters of the blocks", "total": "parameters of the model"}.items()
     }
-    for name, is_attention in {"attention heads (or KV groups)": True, "FFN channels": False}.items():
-        left, whole = (
-            sum(module.n_units for module in depth2_modules(one) if (module.kind == "attention") == is_attention)
-            for one in (model, dense)
-        )
-        if whole:
-            rows[name] = f"{left:,} of {whole:,} left"
-    return rows
+    left, whole = _units(model), _units(dense)
+    if left["KV heads"] == left["attention heads"] and whole["KV heads"] == whole["attention heads"]:
+        del whole["KV heads"]  # every head has its own
+    return rows | {name: f"{left[name]:,} of {n:,} left" for name, n in whole.items() if n}
+
+
+def _units(model: PreTrainedModel) -> dict[str, int]:
+    attention = [m for m in depth2_modules(model, unit="kv") if m.kind == "attention"]
+    return {
+        "attention heads": sum(module.n_units * module.group for module in attention),
+        "KV heads": sum(module.n_units for module in attention),
+        "FFN channels": sum(module.n_units for module in depth2_modules(model) if module.kind != "attention"),
+    }

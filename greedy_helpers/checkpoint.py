@@ -1,10 +1,10 @@
 """Loading models by name, saving pruned ones, and loading those again.
 
 A pruned model is an ordinary Hugging Face folder with two additions: an entry `pruned_units` in config.json (module
-path -> number of units left; and `added_biases`, where a remedy gave a bias to a layer without one) and a manifest
-`pruned.json` (format, checksums, how it was pruned). :func:`load_model` builds the dense architecture without memory,
-cuts it to size with the same surgery that pruned it, and lets transformers fill in the weights: whatever surgery can
-do, a checkpoint can hold.
+path -> number of units left, of both KV and query heads where they are grouped; and `added_biases`, where a remedy gave
+a bias to a layer without one) and a manifest `pruned.json` (format, checksums, how it was pruned). :func:`load_model`
+builds the dense architecture without memory, cuts it to size with the same surgery that pruned it, and lets
+transformers fill in the weights: whatever surgery can do, a checkpoint can hold.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .allocation import keep_best
 from .card import model_card
 from .data import EMBEDDED
 from .files import replace_folder, sha256_of
@@ -237,14 +238,12 @@ def _cut_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self, config, *args, **kwargs) -> None:
         base.__init__(self, config, *args, **kwargs)
-        modules = {module.name: module for module in depth2_modules(self)}
-        for name, n_units in (getattr(config, "pruned_units", None) or {}).items():
-            if name not in modules:
+        blocks = {module.name: module.block for module in depth2_modules(self)}
+        for name, left in (getattr(config, "pruned_units", None) or {}).items():
+            if name not in blocks:
                 raise ValueError(f"load_pruned: config.json names the module {name!r}, which the model lacks")
-            most = modules[name].n_units
-            if type(n_units) is not int or not 1 <= n_units <= most:
-                raise ValueError(f"load_pruned: config.json: {name}: expected 1 to {most} units, found {n_units!r}")
-            remove_units(modules[name], torch.arange(n_units, device="cpu"))
+            for unit, n_units in left.items() if isinstance(left, dict) else [("kv", left)]:
+                _cut_to(self, name, blocks[name], unit, n_units)
         linears = linears_of(self)
         for path in getattr(config, "added_biases", None) or ():  # filled with what was saved
             if path not in linears:
@@ -267,6 +266,16 @@ def _cut_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     methods = (__init__, save_pretrained, __reduce_ex__)
     attributes = {"__module__": base.__module__, "_dense_class": base}
     return type(base.__name__, (base,), attributes | {method.__name__: method for method in methods})
+
+
+def _cut_to(model: PreTrainedModel, name: str, block: int, unit: str, n_units: object) -> None:
+    """Give a module of a dense model the size that config.json says; the weights come later."""
+    (module,) = (module for module in depth2_modules(model, [block], unit=unit) if module.name == name)
+    sets, most = module.n_sets, module.n_units
+    if type(n_units) is not int or not 1 <= n_units <= most or n_units % sets:
+        found = f"expected {sets} to {most} {module.unit}s{f', a multiple of {sets}' * (sets > 1)}, found {n_units!r}"
+        raise ValueError(f"load_pruned: config.json: {name}: {found}")
+    remove_units(module, keep_best(torch.zeros(most, device="cpu"), n_units, sets))
 
 
 def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:
@@ -350,7 +359,7 @@ def _describe(
 ) -> None:
     """Beside saved weights: what config.json has to say about the cut, the card, the manifest of the files named so."""
     whole = dense_model(model)
-    units, dense = ({module.name: module.n_units for module in depth2_modules(m)} for m in (model, whole))
+    units, dense = _units_of(model, whole), _units_of(whole, whole)
     config = json.loads((folder / "config.json").read_text()) | cut
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -375,15 +384,15 @@ def _cut_of(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: naming the weights that would be lost, or missing.
     """
-    units = {module.name: module.n_units for module in depth2_modules(model)}  # refuses what cannot be described
+    depth2_modules(model)  # refuses what cannot be described
     name, whole = dense_class(model).__name__, dense_model(model)
     if getattr(transformers, name, None) is not dense_class(model):
         raise ValueError(f"save_pruned: expected a class of transformers, found {name}: it could not be loaded again")
-    dense = {module.name: module.n_units for module in depth2_modules(whole)}
+    units, dense = _units_of(model, whole), _units_of(whole, whole)
     theirs, linears = whole.state_dict().keys(), linears_of(whole)
     cut = {
         "architectures": [name],
-        "pruned_units": {module: n for module, n in units.items() if n != dense[module]},
+        "pruned_units": {module: left for module, left in units.items() if left != dense[module]},
         # FLAP's remedy leaves biases in layers that had none; anybody may add one.
         "added_biases": [p for p in linears if f"{p}.bias" not in theirs and linears_of(model)[p].bias is not None],
     }
@@ -397,6 +406,13 @@ def _cut_of(model: PreTrainedModel) -> dict[str, Any]:
         again = _loader_of_pruned(config)(config)
     _check_same_weights(model, again, f"{name} with this config")
     return cut
+
+
+def _units_of(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, int | dict[str, int]]:
+    """Module -> its units; where query heads share KV heads in the dense model: how many there are of both."""
+    grouped = {module.name for module in depth2_modules(dense) if module.group > 1}
+    units = {m.name: {"kv": m.n_units, "query": m.n_units * m.group} for m in depth2_modules(model, unit="kv")}
+    return {name: both if name in grouped else both["kv"] for name, both in units.items()}
 
 
 def _check_same_weights(model: PreTrainedModel, again: PreTrainedModel, what: str) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .layouts import channel_index
 from .moments import Moments
 from .reconstruct import ridge
-from .structure import Depth2Module, check_tokens, depth2_modules, eval_mode, weight_of
+from .structure import Depth2Module, Units, check_tokens, depth2_modules, eval_mode, weight_of
 
 
 class Passes(Protocol):
@@ -200,16 +201,17 @@ def second_moment_identity(module: Depth2Module, seen: Seen | None = None) -> Te
 def value_rows(module: Depth2Module) -> Tensor:
     """The rows of level 1 that make the values of each unit: [n_units, dim, d].
 
-    Every family of the table stores queries, keys and values in this order, in one linear or in three, so a unit's
-    values are the last `dim` channels of its row in the last linear's index. Shared values (multi-query) are the last
-    `dim` channels of the layer, the same for all units.
+    Every family of the table stores queries, keys and values in this order, in one linear or in three, so a KV head's
+    values are the last `dim` channels of its row in the last linear's index; they are the values of its query heads,
+    too. Shared values (multi-query) are the last `dim` channels of the layer, the same for all units.
     """
-    group, dim = list(module.level1.values())[-1], module.sizes["dim"]
-    weight = weight_of(group.linear)
-    owned = group.index.numel()
-    if owned < group.n_channels:
+    name, group = list(module.level1.items())[-1]
+    dim, weight = module.sizes["dim"], weight_of(group.linear)
+    index = channel_index(module.layout.level1[name], group.n_channels, group.path, **module.sizes)
+    if index.numel() < group.n_channels:
         return weight[-dim:].expand(module.n_units, -1, -1)
-    return weight[group.index[:, -dim:].to(weight.device)]
+    rows = weight[index[:, -dim:].to(weight.device)]
+    return rows.repeat_interleave(module.sizes["group"], 0) if module.n_sets > 1 else rows
 
 
 @torch.no_grad()
@@ -333,7 +335,12 @@ def weighted_square(blocks: Tensor, b: Tensor) -> Tensor:
 
 
 def taylor_scores(
-    model: PreTrainedModel, tokens: Tensor, kind: str = "element1", batch_size: int = 1
+    model: PreTrainedModel,
+    tokens: Tensor,
+    kind: str = "element1",
+    batch_size: int = 1,
+    *,
+    unit: Units = "query",
 ) -> dict[str, Tensor]:
     """LLM-Pruner's criterion (Ma et al., arXiv 2305.11627): the first or second order change of the loss.
 
@@ -346,12 +353,13 @@ def taylor_scores(
     - `"mix"`: sum_k |w_k g_k - w_k^2 a_k / 2|.
 
     A channel's weights are its row in each level-1 linear and its column of level 2; a unit is the sum over its
-    channels. With grouped-query attention each query head is counted for the KV head that it really shares; the
-    published code folds heads with a stride and credits others.
+    channels. A KV head as a unit (`unit="kv"`) counts with the query heads that really share it; the published code
+    folds heads with a stride and credits others.
 
     Args:
         tokens: long [n, seq], the text whose loss is differentiated.
         batch_size: windows per backward pass for g; a is always taken window by window.
+        unit: see :func:`~greedy_helpers.structure.depth2_modules`.
 
     Returns:
         Module name -> scores, float64 [n_units], for :func:`fixed_scores`.
@@ -362,7 +370,7 @@ def taylor_scores(
     if kind not in ("vector", "element1", "element2", "mix"):
         raise ValueError(f"taylor_scores: expected kind 'vector', 'element1', 'element2' or 'mix', found {kind!r}")
     check_tokens(model, tokens, packed=True)
-    modules = depth2_modules(model)
+    modules = depth2_modules(model, unit=unit)
     weights = {group.path: group.linear.weight for module in modules for group in module.groups}
     if absent := next((path for path, weight in weights.items() if weight.is_meta), None):
         raise ValueError(f"taylor_scores: expected the whole model in memory, found {absent} on the disk")

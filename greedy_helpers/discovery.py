@@ -25,8 +25,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .families import REFUSED, Family, ModuleLayout
+from .layouts import channel_index, product
 from .stream import cut_graph
-from .structure import UnsupportedModule, channel_index, depth2_modules, eval_mode, linears_of, product, weight_of
+from .structure import UnsupportedModule, depth2_modules, eval_mode, linears_of, weight_of
 from .surgery import remove_units, zero_units
 
 # Sizes of the twin: no two axes, nor their products, are equal, so a number says which axis it is.
@@ -346,7 +347,7 @@ def _pick(candidates: list[str], best: str, hint: str) -> str | None:
 
 def _prove(twin: PreTrainedModel, family: Family, layout: ModuleLayout) -> ModuleLayout:
     """The layout with the fewest stale attributes repaired that makes the cut exact."""
-    (module,) = depth2_modules(twin, [_BLOCKS - 1], family=replace(family, modules=(layout,)))
+    (module,) = depth2_modules(twin, [_BLOCKS - 1], unit="kv", family=replace(family, modules=(layout,)))
     axis = next(iter(layout.level2.values())).split()[0]
     sizes = {"group": 1} | module.sizes | {axis: module.n_units}
     is_attention = layout.kind == "attention"
@@ -377,9 +378,13 @@ def _prove(twin: PreTrainedModel, family: Family, layout: ModuleLayout) -> Modul
 
 @torch.no_grad()
 def _why_not_exact(twin: PreTrainedModel, family: Family) -> str | None:
-    """None if removing units of the last block equals zeroing them, with every attention implementation there is."""
+    """None if removing units of the last block equals zeroing them, with every attention implementation there is.
+
+    Of attention with grouped queries: KV heads, and query heads.
+    """
     tokens = torch.randint(_VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
-    for attention in ("eager", "sdpa"):
+    grouped = any(module.group > 1 for module in depth2_modules(twin, [_BLOCKS - 1], unit="kv", family=family))
+    for unit, attention in itertools.product(["kv", "query"] if grouped else ["kv"], ["eager", "sdpa"]):
         removed, zeroed = copy.deepcopy(twin), copy.deepcopy(twin)
         try:
             for model in (removed, zeroed):
@@ -388,8 +393,10 @@ def _why_not_exact(twin: PreTrainedModel, family: Family) -> str | None:
             continue  # the class refuses this implementation
         try:
             for model, change, gone in ((removed, remove_units, False), (zeroed, zero_units, True)):
-                (module,) = depth2_modules(model, [_BLOCKS - 1], family=family)
-                change(module, ((torch.arange(module.n_units) % 3 == 1) == gone).nonzero().flatten())
+                (module,) = depth2_modules(model, [_BLOCKS - 1], unit=unit, family=family)
+                units = torch.arange(module.n_units)
+                sets = units // (module.n_units // module.n_sets)  # another query head of every KV head
+                change(module, (((units + sets * (module.n_sets > 1)) % 3 == 1) == gone).nonzero().flatten())
             error = (_run(removed, tokens) - _run(zeroed, tokens)).abs().max().item()
         except Exception as error:  # a wrong guess fails in as many ways as there are models
             first_line = str(error).partition("\n")[0]

@@ -10,10 +10,11 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import dense_class, dense_model
-from .families import UNIT_AXES
 from .files import replace_folder
 from .large.lazy import is_lazy
-from .structure import UnsupportedModule, depth2_modules, family_of, product
+from .layouts import product
+from .structure import Depth2Module, UnsupportedModule, depth2_modules, family_of
+from .surgery import axis_sizes
 
 
 def export_plain(
@@ -42,23 +43,24 @@ def export_plain(
             "export_plain: expected a model in memory, found one with its blocks on the disk; save_pruned it"
         )
     family, edits = family_of(model), {}
-    modules, dense = depth2_modules(model), {m.name: m.n_units for m in depth2_modules(dense_model(model))}
+    modules = depth2_modules(model, unit="kv")
+    dense = {module.name: module for module in depth2_modules(dense_model(model), unit="kv")}
     for layout in family.modules:
         mine = [module for module in modules if module.layout == layout]
-        counts = sorted({module.n_units for module in mine})
-        if counts == sorted({dense[module.name] for module in mine}):
+        counts = sorted({_count(module) for module in mine})
+        if counts == sorted({_count(dense[module.name]) for module in mine}):
             continue
         if len(counts) > 1:
             raise ValueError(
                 f"export_plain: one config describes all blocks, so {mine[0].name} and its like need the same number "
-                f"of units, found {counts}; use save_pruned, which stores any sizes"
+                f"of units, found {', '.join(counts)}; use save_pruned, which stores any sizes"
             )
         if not layout.config:
             raise UnsupportedModule(
                 f"export_plain: a plain {model.config.model_type} config cannot say that {mine[0].name} has "
-                f"{counts[0]} of {dense[mine[0].name]} units; use save_pruned"
+                f"{counts[0]} of {_count(dense[mine[0].name])} units; use save_pruned"
             )
-        sizes = mine[0].sizes | dict.fromkeys(UNIT_AXES, counts[0])
+        sizes = axis_sizes(mine[0], mine[0].n_units)
         edits |= {key: product(text, sizes) for key, text in layout.config.items()}
 
     def write(partial: Path) -> None:
@@ -75,6 +77,10 @@ def export_plain(
             tokenizer.save_pretrained(partial)
 
     return replace_folder(folder, write, overwrite)
+
+
+def _count(module: Depth2Module) -> str:
+    return f"{module.n_units}" + (f" (with {module.n_units * module.group} query heads)" if module.group > 1 else "")
 
 
 def _export_classes(model: PreTrainedModel, export_as: str | None) -> list[tuple[type, type]]:

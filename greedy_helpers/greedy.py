@@ -43,6 +43,7 @@ def eliminate(
     index: Tensor,
     n_keep: int = 1,
     *,
+    n_sets: int = 1,
     block: int = 32,
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-6,
@@ -62,27 +63,32 @@ def eliminate(
         h: [n, n], positive definite.
         solution: [n, d_y], the minimiser on all n channels.
         index: long [n_units, width], the channels of each unit. Channels of no unit stay.
-        n_keep: how many units to leave; 1 gives the whole path.
+        n_keep: how many units to leave; 1, or `n_sets`, gives the whole path.
+        n_sets: the units come in so many sets of equal size, one after the other, and go in rounds of one unit from
+            each set, always the cheapest of a set that has not lost one in this round: query heads of KV heads.
         dtype: of the computation. float32 is faster on GPUs; it is re-factorised when it drifts.
         tolerance: relative residual of the downdated inverse that causes a new factorisation (times 1e3 for float32).
         inverse: [n, n], H^-1 in `dtype` where it is known already; it is overwritten.
 
     Raises:
-        ValueError: n_keep outside [1, n_units].
+        ValueError: n_keep outside [1, n_units], or not the same number in every set.
         torch.linalg.LinAlgError: H is not positive definite.
     """
     n_units, width = index.shape
-    if not 1 <= n_keep <= n_units:
-        raise ValueError(f"eliminate: expected to keep between 1 and {n_units} units, found {n_keep}")
+    if not 1 <= n_keep <= n_units or n_units % n_sets or n_keep % n_sets:
+        sets = f" in {n_sets} equal sets" if n_sets > 1 else ""
+        raise ValueError(f"eliminate: expected to keep between 1 and {n_units} units{sets}, found {n_keep}")
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.to(dtype))) if inverse is None else inverse
     state = _State(h, inverse, solution, tolerance * (1e3 if torch.float32 in (dtype, h.dtype) else 1))
-    step = _single_channels if width == 1 else _one_unit
+    step = _single_channels if width == n_sets == 1 else _one_unit
     left = index.to(h.device)
     units = torch.arange(n_units, device=h.device)
     order, costs = [], []
     while len(units) > n_keep:
         places = state.places(left)
-        gone, cost = step(state, places, min(block, len(units) - n_keep))
+        due = _due(units // (n_units // n_sets), n_sets)
+        gone, cost = step(state, places[due], min(block, len(units) - n_keep))
+        gone = due[gone]
         order.append(units[gone])
         costs.append(cost.double())
         stays = torch.ones(len(units), dtype=torch.bool, device=h.device)
@@ -98,6 +104,12 @@ def eliminate(
         removal_costs(state.inverse, state.solution, state.places(left)).double().cpu(),
         state.solution.double(),
     )
+
+
+def _due(sets: Tensor, n_sets: int) -> Tensor:
+    """Places of the units that may go next: those whose set has lost the fewest. `sets`: long [units], their sets."""
+    left = torch.bincount(sets, minlength=n_sets)
+    return (left == left.max())[sets].nonzero().flatten()
 
 
 class _State:
@@ -193,7 +205,9 @@ def _single_channels(state: _State, places: Tensor, most: int) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def swap(h: Tensor, rest: Tensor, index: Tensor, keep: Tensor, most: int = 50, tries: int = 4) -> tuple[Tensor, int]:
+def swap(
+    h: Tensor, rest: Tensor, index: Tensor, keep: Tensor, most: int = 50, tries: int = 4, n_sets: int = 1
+) -> tuple[Tensor, int]:
     """Local search behind the elimination: trade a removed unit for a kept one while that lowers the error.
 
     In every round the removed units that would help most are tried in turn: it comes in, the cheapest of the others
@@ -203,6 +217,7 @@ def swap(h: Tensor, rest: Tensor, index: Tensor, keep: Tensor, most: int = 50, t
         h: [n, n], positive definite; rest: [n, d_y] = H B with B the solution on all channels.
         index: long [n_units, width]; keep: long [n_kept], the units of :class:`Elimination`.
         most: trades at most; each costs one factorisation of the survivors.
+        n_sets: see :func:`eliminate`; a trade stays inside a set.
 
     Returns:
         The new `keep`, sorted, and the number of trades.
@@ -218,7 +233,8 @@ def swap(h: Tensor, rest: Tensor, index: Tensor, keep: Tensor, most: int = 50, t
             candidate = int(outside[place])
             trial = torch.tensor(sorted({*kept, candidate}), device=h.device)
             costs = _survivor_costs(h, rest, index[trial])
-            costs[(trial == candidate).nonzero()] = torch.inf
+            in_set = len(index) // n_sets
+            costs[(trial == candidate) | (trial // in_set != candidate // in_set)] = torch.inf
             if costs.min() < gains[place] * (1 - 1e-9):
                 kept = {*kept, candidate} - {int(trial[costs.argmin()])}
                 trades += 1
@@ -281,18 +297,19 @@ def exact_greedy(
     linear, moments = module.level2.linear, seen.level2
     system, rest = normal_equations(moments, weight_of(linear), linear.bias, seen.damp, dtype=dtype)
     solution = weight_of(linear).to(system.h).T + system.solve(rest)
-    n_keep = 1 if whole_path or seen.n_keep is None else seen.n_keep
+    n_keep = module.n_sets if whole_path or seen.n_keep is None else seen.n_keep
     inverse = (
         system.inverse() if system.h.dtype == dtype else None
     )  # of another precision it would begin with its errors
-    path = eliminate(system.h, solution, module.level2.index, n_keep, dtype=dtype, inverse=inverse)
+    sets = {"n_sets": module.n_sets}
+    path = eliminate(system.h, solution, module.level2.index, n_keep, dtype=dtype, inverse=inverse, **sets)
     keep, next_costs = path.keep, path.next_costs
     scores = torch.zeros(module.n_units, dtype=torch.float64)
     scores[path.order] = path.costs.clamp(min=0).cumsum(0) / moments.n
     total = scores.max()
     if swaps and len(path.order):
         rest = system.h @ solution
-        keep, trades = swap(system.h, rest, module.level2.index, keep, swaps)
+        keep, trades = swap(system.h, rest, module.level2.index, keep, swaps, **sets)
         if trades:
             scores[path.keep] = total  # those of them that went in a trade went last
             next_costs = _survivor_costs(system.h, rest, module.level2.index[keep].to(rest.device)).cpu()

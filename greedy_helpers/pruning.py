@@ -30,6 +30,7 @@ from .report import PruneReport, PruneStep
 from .stream import Streams, walk, windows_per_batch
 from .structure import (
     Depth2Module,
+    Units,
     UnsupportedModule,
     blocks_of,
     blocks_path,
@@ -50,6 +51,7 @@ class Job:
     remedy: Remedy
     damp: float
     plan: Plan
+    unit: Units = "query"
     precision: torch.dtype = torch.float64
 
 
@@ -59,7 +61,7 @@ def prune_module(module: Depth2Module, seen: Seen, job: Job) -> PruneStep:
     level2, fit = module.level2, job.remedy.before and job.remedy.before(module, seen)
 
     scores = _checked_scores(job.criterion, module, seen)
-    keep = keep_best(scores, job.plan[module.name])
+    keep = keep_best(scores, job.plan[module.name], module.n_sets)
     check_same(f"{module.name}: the units to keep", keep)
 
     # a unit's channels do not depend on the other units, so the survivors' moments are already known
@@ -71,16 +73,16 @@ def prune_module(module: Depth2Module, seen: Seen, job: Job) -> PruneStep:
         fit = job.remedy.after(module, cut, seen) or fit
         error = cut.survivors.relative_error(weight_of(level2.linear), level2.linear.bias)
     return PruneStep(
-        name=module.name, kind=module.kind, block=module.block, units_before=module.n_units, units_after=len(keep),
-        error_cut=error_cut, error=error, seconds=time.perf_counter() - started, rank=fit and fit.rank,
-        condition=fit and fit.condition, scores=scores, keep=keep,
+        name=module.name, kind=module.kind, unit=module.unit, block=module.block, units_before=module.n_units,
+        units_after=len(keep), error_cut=error_cut, error=error, seconds=time.perf_counter() - started,
+        rank=fit and fit.rank, condition=fit and fit.condition, scores=scores, keep=keep,
     )  # fmt: skip
 
 
 def prune_block(model: PreTrainedModel, block: nn.Module, streams: Streams, job: Job) -> tuple[list[PruneStep], float]:
     """Prune one block's modules in order and move both streams behind it: the steps, and the stream's error there."""
     index, steps, remedy = streams.pruned.position, [], job.remedy
-    modules = depth2_modules(model, [index])
+    modules = depth2_modules(model, [index], unit=job.unit)
     if not any(module.name in job.plan for module in modules):
         modules = []
     elif remedy.target != "residual":  # that target follows the stream through all modules, cut or not
@@ -122,6 +124,7 @@ def prune(
     plan: Plan | None = None,
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
+    unit: Units = "query",
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     store: torch.device | str | None = None,
@@ -145,6 +148,8 @@ def prune(
         blocks: the blocks to prune (default: all). The paper leaves LLaMA's first four and last two alone.
         kinds: the kinds of modules to prune, among `"attention"`, `"ffn"`, `"gated_ffn"`; default: all, with a warning
             if one has to stay whole in this family.
+        unit: of attention whose query heads share KV heads: `"query"` heads, the same number of every KV head; or
+            `"kv"` heads with all their query heads, which shrinks the cache; or module name -> one of the two.
         batch_size: windows per pass; memory grows with batch_size * seq, the result does not depend on it. Default: as
             many as make up 4,096 tokens. It is halved, with a warning, when memory runs out.
         device: where the block at hand and one batch are worked on; default: where the model is. So a model in the
@@ -164,15 +169,16 @@ def prune(
         Whatever is raised, or interrupted, the model is left as it was. What `work_dir` holds, stays.
     """
     started, before = time.perf_counter(), count_parameters(model)
-    modules = _check_arguments(model, calibration, ratio, recipe, plan, blocks, kinds, work_dir)
+    modules = _check_arguments(model, calibration, ratio, recipe, plan, blocks, kinds, unit, work_dir)
     where = {"batch_size": batch_size, "device": device, "store": store}
-    criterion, remedy = recipe.resolved(model, calibration)
+    criterion, remedy = recipe.resolved(model, calibration, unit)
     if plan is None:
-        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "precision": precision}
-        score = partial(scores_of, model, calibration, damp=recipe.damp, **same, **where)
+        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
+        score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, score)
         _warn_of_whole_modules(modules, plan, ratio)
-    job = Job(criterion, remedy, recipe.damp, {m.name: plan.get(m.name, m.n_units) for m in modules}, precision)
+    plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
+    job = Job(criterion, remedy, recipe.damp, plan, unit, precision)
     total, last = len(modules), max((module.block for module in modules), default=-1)
 
     step = with_smaller_batches(prune_block)
@@ -202,6 +208,7 @@ def scores_of(
     *,
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
+    unit: Units = "query",
     damp: float = 1e-2,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
@@ -219,13 +226,14 @@ def scores_of(
     """
     check_tokens(model, calibration, packed=True)
     kinds = kinds if kinds is None or isinstance(kinds, str) else set(kinds)
-    chosen = {module.block for module in depth2_modules(model, blocks, kinds)}
+    chosen = {module.block for module in depth2_modules(model, blocks, kinds, unit=unit)}
 
     def measured(batch_size: int) -> dict[str, Tensor]:
         scores, where = {}, {"batch_size": batch_size, "device": device, "store": store}
         with closing(walk(model, calibration, max(chosen, default=-1), **where)) as walked:
             for block, stream in walked:
-                for module in depth2_modules(model, [stream.position] if stream.position in chosen else [], kinds):
+                here = [stream.position] if stream.position in chosen else []
+                for module in depth2_modules(model, here, kinds, unit=unit):
                     passes = ModulePasses(stream, block, module, precision=precision)
                     scores[module.name] = _checked_scores(criterion, module, Seen(damp=damp, passes=passes))
         return scores
@@ -250,6 +258,7 @@ def _check_arguments(
     plan: Plan | None,
     blocks: Iterable[int] | None,
     kinds: Iterable[Kind] | None,
+    unit: Units,
     work_dir: str | Path | None,
 ) -> list[Depth2Module]:
     """The modules to prune, or the reason why not: see :func:`prune`."""
@@ -261,11 +270,11 @@ def _check_arguments(
         raise TypeError("prune: expected a ratio as a number, found a mapping; pass it as plan=")
     check_tokens(model, calibration, packed=True)
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
-    modules = depth2_modules(model, chosen, kinds)  # refuses what does not exist
+    modules = depth2_modules(model, chosen, kinds, unit=unit)  # refuses what does not exist
     if ratio is not None:
         check_ratio(ratio)
     else:
-        check_plan(model, plan, {module.name for module in modules})
+        check_plan(model, plan, {module.name for module in modules}, unit)
     if kinds is None:
         for path, reason in family_of(model).whole.items():
             warnings.warn(f"{model.config.model_type}: {path} stays whole: {reason}", stacklevel=3)
@@ -286,6 +295,7 @@ def _settings(ratio: float | None, recipe: Recipe, job: Job, modules: list[Depth
     """What a run was asked for, in words and numbers."""
     asked = {"plan": dict(job.plan)} if ratio is None else {"ratio": ratio}
     chosen = {"blocks": sorted({m.block for m in modules}), "kinds": sorted({m.kind for m in modules})}
+    chosen["unit"] = job.unit if isinstance(job.unit, str) else dict(job.unit)
     return {**asked, **chosen, **recipe.names, "precision": str(job.precision)}
 
 

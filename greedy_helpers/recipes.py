@@ -27,7 +27,7 @@ from .criteria import (
 )
 from .greedy import exact_greedy
 from .remedies import REMEDIES, Remedy
-from .structure import Depth2Module
+from .structure import Depth2Module, Units
 
 # Names of criteria, for recipes, tables and the command line.
 CRITERIA: dict[str, Criterion] = {
@@ -46,9 +46,11 @@ CRITERIA: dict[str, Criterion] = {
     "energy heads, greedy FFN": partial(by_kind, attention=output_energy, ffn=exact_greedy),
 }
 
-# Criteria that look at the whole dense model first: (model, calibration) -> criterion.
-PREPARED: dict[str, Callable[[PreTrainedModel, Tensor], Criterion]] = {
-    f"Taylor {kind}": lambda model, tokens, kind=kind: partial(fixed_scores, scores=taylor_scores(model, tokens, kind))
+# Criteria that look at the whole dense model first: (model, calibration, unit) -> criterion.
+PREPARED: dict[str, Callable[[PreTrainedModel, Tensor, Units], Criterion]] = {
+    f"Taylor {kind}": lambda model, tokens, unit, kind=kind: partial(
+        fixed_scores, scores=taylor_scores(model, tokens, kind, unit=unit)
+    )
     for kind in ("vector", "element1", "element2", "mix")
 }
 
@@ -137,12 +139,12 @@ class Recipe:
         remedy = "" if names["remedy"] == "none" else f" + {names['remedy']}"
         return names["criterion"] + ("" if self.allocation == "uniform" else f", {self.allocation}") + remedy
 
-    def resolved(self, model: PreTrainedModel, calibration: Tensor) -> tuple[Criterion, Remedy]:
+    def resolved(self, model: PreTrainedModel, calibration: Tensor, unit: Units = "query") -> tuple[Criterion, Remedy]:
         """The functions that the names stand for. Some criteria look at the dense model now."""
         criterion, remedy = self.criterion, self.remedy
         if isinstance(criterion, str):
             prepare = PREPARED.get(criterion)
-            criterion = CRITERIA[criterion] if prepare is None else prepare(model, calibration)
+            criterion = CRITERIA[criterion] if prepare is None else prepare(model, calibration, unit)
         return criterion, REMEDIES[remedy] if isinstance(remedy, str) else remedy
 
 

@@ -20,6 +20,7 @@ class PruneStep:
     """What happened to one module.
 
     Attributes:
+        unit: what a unit is, e.g. `"query head"`: see :class:`~greedy_helpers.structure.Depth2Module`.
         scores: the criterion's values, [units_before]; keep: the surviving units.
         error_cut, error: relative squared error of the module's output against the targets on the calibration tokens
             (0 = equal, 1 = as bad as silence), after the cut and after the last refit. With the dense model's outputs
@@ -30,6 +31,7 @@ class PruneStep:
 
     name: str
     kind: str
+    unit: str
     block: int
     units_before: int
     units_after: int
@@ -89,12 +91,14 @@ class PruneReport:
         return f"{self.ratio:.4g} of the units of each of {where}{spread}"
 
     def __str__(self) -> str:
-        units = {
-            what: [sum(getattr(s, f"units_{when}") for s in self.steps if (s.kind == "attention") == heads)
-                   for when in ("before", "after")]
-            for what, heads in (("heads", True), ("FFN channels", False))
-        }  # fmt: skip
-        left = " and ".join(f"{after:,} of {before:,} {what}" for what, (before, after) in units.items() if before)
+        units: dict[str, list[int]] = {}
+        for step in self.steps:
+            before, after = units.get(step.unit, (0, 0))
+            units[step.unit] = [before + step.units_before, after + step.units_after]
+        names = {"channel": "FFN channels"}
+        left = " and ".join(
+            f"{after:,} of {before:,} {names.get(unit, unit + 's')}" for unit, (before, after) in units.items()
+        )
         return (
             f"{self.criterion}, {self.allocation}, remedy {self.remedy}, {self.tokens:,} calibration tokens; asked: "
             f"{self.asked}; removed: {self.removed['blocks']:.1%} of the blocks' parameters, "

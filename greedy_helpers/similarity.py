@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .criteria import Criterion, Seen, second_moment
 from .large.distributed import all_windows
 from .stream import walk
-from .structure import Depth2Module, depth2_modules
+from .structure import Depth2Module, Units, depth2_modules
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def _entropies(p: Tensor) -> Tensor:
 def unit_divergence(divergence: Tensor, group: int) -> Tensor:
     """Divergence between KV groups: the mean over their pairs of query heads, [heads / group, heads / group].
 
-    With grouped-query attention a unit is a KV head with its `group` consecutive query heads. The diagonal is 0.
+    For KV heads as units (`unit="kv"`), each with its `group` consecutive query heads. The diagonal is 0.
 
     Raises:
         ValueError: `group` does not divide the number of heads.
@@ -127,7 +127,12 @@ def redundant_first(
 
 
 def divergences_of(
-    model: PreTrainedModel, calibration: Tensor, batch_size: int = 1, *, device: torch.device | str | None = None
+    model: PreTrainedModel,
+    calibration: Tensor,
+    batch_size: int = 1,
+    *,
+    unit: Units = "query",
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """The divergence between the units of every attention module, on the model as it is: name -> [n_units, n_units].
 
@@ -135,7 +140,7 @@ def divergences_of(
     A batch has batch_size * heads * seq^2 numbers, and eager attention holds several such tensors: with 12 heads and
     1,024 tokens 16 windows one by one need about 300 MB beside the model, four at a time about 1 GB.
 
-    `device`, and several processes: as in :func:`~greedy_helpers.pruning.prune`.
+    `unit`, `device`, and several processes: as in :func:`~greedy_helpers.pruning.prune`.
 
     Raises:
         ValueError: the attention implementation computes no maps; see :func:`redundant_first`.
@@ -144,7 +149,7 @@ def divergences_of(
     last = max((module.block for module in depth2_modules(model, kinds={"attention"})), default=-1)
     with closing(walk(model, calibration, last, batch_size=batch_size, device=device)) as walked:
         for block, stream in walked:
-            for module in depth2_modules(model, [stream.position], kinds={"attention"}):
+            for module in depth2_modules(model, [stream.position], kinds={"attention"}, unit=unit):
                 divergence = head_divergence(all_windows(stream.attention_maps(block, module.owner)))
                 divergences[module.name] = unit_divergence(divergence, len(divergence) // module.n_units).cpu()
     return divergences

@@ -1,15 +1,18 @@
 """Depth-2 modules: which linear layers belong together, and which of their channels belong to which unit.
 
 x -> level 1 (parallel linears) -> nonlinearity or attention -> level 2 -> residual stream (paper, sec. 3.1).
-Removing a *unit* (a KV head with its query heads, or an FFN channel) takes its output channels out of level 1 and
-its input channels out of level 2; nothing outside the module changes shape.
+Removing a *unit* (an attention head or an FFN channel) takes its output channels out of level 1 and its input channels
+out of level 2; nothing outside the module changes shape.
+
+Where several query heads share a KV head there are two units to choose from: the query head, and the KV head with all
+its query heads. Query heads go in equal numbers from every KV head, so that the module stays an ordinary grouped-query
+attention (9 query heads on 3 KV heads -> 6 on 3). Only KV heads shrink the cache of keys and values.
 
 What the rest of the package asks of any model is in this file, too: blocks, linears, parameters, tokens it can read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .doors import UnknownFamily, UnsupportedModule, check_model
-from .families import CROSS, FAMILIES, REFUSED, UNIT_AXES, Family, Kind, ModuleLayout
+from .families import CROSS, FAMILIES, REFUSED, Family, Kind, ModuleLayout
+from .layouts import channel_index
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class ChannelGroup:
         return stays
 
 
+Unit = Literal["query", "kv"]
+Units = Unit | Mapping[str, Unit]  # one for all modules, or by module name
+
+
 @dataclass(frozen=True)
 class Depth2Module:
     """A view of one depth-2 module. After surgery ask :func:`depth2_modules` again: the indices have moved.
@@ -72,6 +80,8 @@ class Depth2Module:
         level2: the channels of the one linear that writes to the residual stream.
         layout: the line of the family table it was made from.
         sizes: axis sizes of the layouts besides the number of units, e.g. `{"group": 1, "dim": 32}`.
+        n_sets: units come in so many sets of equal size, one after the other, that lose the same number each: query
+            heads in one set per KV head. 1: any unit may go.
     """
 
     name: str
@@ -82,6 +92,19 @@ class Depth2Module:
     level2: ChannelGroup
     layout: ModuleLayout
     sizes: dict[str, int]
+    n_sets: int = 1
+
+    @property
+    def unit(self) -> str:
+        """What a unit is, in words: `"query head"`, `"KV head"`, `"head"` or `"channel"`."""
+        if self.kind != "attention":
+            return "channel"
+        return "query head" if self.n_sets > 1 else "KV head" if self.group > 1 else "head"
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head; 1 where each has its own, or where one KV head is everybody's."""
+        return _group(self.layout, self.sizes)
 
     @property
     def n_units(self) -> int:
@@ -251,6 +274,7 @@ def depth2_modules(
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
     *,
+    unit: Units = "query",
     family: Family | None = None,
 ) -> list[Depth2Module]:
     """All depth-2 modules in execution order (attention, FFN, attention, ...), or those of some blocks or kinds.
@@ -260,6 +284,8 @@ def depth2_modules(
     Args:
         blocks: block numbers; default: all.
         kinds: some of `"attention"`, `"ffn"`, `"gated_ffn"`; default: all that can be cut.
+        unit: of attention whose query heads share KV heads: `"query"` heads, or `"kv"` heads with all their query
+            heads; or module name -> one of the two. Other modules have one kind of unit whatever it says.
         family: the layouts to use instead of the table's.
 
     Raises:
@@ -267,9 +293,11 @@ def depth2_modules(
         UnsupportedModule: a refused family, or `kinds` asks for attention in a family whose heads are coupled.
         TypeError, UnsupportedModule: a wrapped, adapted or quantized model, see :func:`check_model`.
         IndexError: a block that the model does not have.
-        ValueError: a kind that does not exist, or a weight whose channels do not factor into its layout.
+        ValueError: a kind or a unit that does not exist, or a weight whose channels do not factor into its layout.
     """
     check_model(model)
+    if wrong := {unit} - {*get_args(Unit)} if isinstance(unit, str) else {*unit.values()} - {*get_args(Unit)}:
+        raise ValueError(f"expected as unit of grouped-query attention one of {get_args(Unit)}, found {sorted(wrong)}")
     family = family or family_of(model)
     path, modules = blocks_path(model, family), []
     n_blocks = len(model.get_submodule(path))
@@ -280,7 +308,8 @@ def depth2_modules(
         for layout in family.modules:
             if layout.kind in kinds:
                 name = ".".join(filter(None, [path, str(block), layout.owner]))
-                modules.append(_module(model, layout, name, block))
+                finer = (unit if isinstance(unit, str) else unit.get(name, "query")) == "query"
+                modules.append(_module(model, layout, name, block, finer))
     return modules
 
 
@@ -294,14 +323,15 @@ def _check_kinds(kinds: Iterable[Kind], family: Family, model: PreTrainedModel) 
     return kinds
 
 
-def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int) -> Depth2Module:
+def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int, finer: bool) -> Depth2Module:
     owner = model.get_submodule(name)
     sizes = {axis: _axis_size(owner, where) for axis, where in layout.sizes.items()}
+    finer = finer and _group(layout, sizes) > 1
 
     def group(linear_name: str, text: str, side: Literal["out", "in"]) -> ChannelGroup:
         linear, path = owner.get_submodule(linear_name), f"{name}.{linear_name}"
         n_channels = weight_of(linear).shape[0 if side == "out" else 1]
-        return ChannelGroup(path, linear, side, channel_index(text, n_channels, path, **sizes))
+        return ChannelGroup(path, linear, side, channel_index(text, n_channels, path, finer, **sizes))
 
     level1 = {key: group(key, text, "out") for key, text in layout.level1.items()}
     ((key, text),) = layout.level2.items()
@@ -309,7 +339,8 @@ def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int)
     counts = {g.path: len(g.index) for g in [*level1.values(), level2]}
     if len(set(counts.values())) != 1:
         raise ValueError(f"{name}: expected the same number of units in every linear, found {counts}")
-    return Depth2Module(name, layout.kind, block, owner, level1, level2, layout, sizes)
+    n_sets = len(level2.index) // sizes["group"] if finer else 1
+    return Depth2Module(name, layout.kind, block, owner, level1, level2, layout, sizes, n_sets)
 
 
 def _axis_size(owner: nn.Module, where: str) -> int:
@@ -321,54 +352,8 @@ def _axis_size(owner: nn.Module, where: str) -> int:
     return values[0] if len(values) == 1 else values[0] // values[1]
 
 
-def channel_index(layout: str, n_channels: int, path: str = "layer", **sizes: int) -> Tensor:
-    """Which channels each unit owns: long [n_units, width].
-
-    `layout` is a line of the table in families.py, `sizes` the sizes of its axes except the unit axis, whose size
-    follows from `n_channels`. Stretches without a unit axis belong to nobody.
-
-    >>> channel_index("kv dim | kv dim", 8, dim=2)
-    tensor([[0, 1, 4, 5],
-            [2, 3, 6, 7]])
-
-    Raises:
-        ValueError: `n_channels` is not a multiple of the channels of one unit.
-    """
-    stretches = [stretch.split() for stretch in layout.split("|")]
-    per_unit = shared = 0
-    for axes in stretches:
-        width = math.prod(_size(axis, sizes) for axis in axes if axis not in UNIT_AXES)
-        per_unit, shared = (per_unit, shared + width) if _unit_axis(axes) is None else (per_unit + width, shared)
-    n_units, left_over = divmod(n_channels - shared, per_unit)
-    if left_over or n_units <= 0:
-        beside = f" beside {shared} shared ones" if shared else ""
-        raise ValueError(
-            f"{path}: expected a positive multiple of {per_unit} channels{beside} (layout {layout!r}, "
-            f"{', '.join(f'{axis}={size}' for axis, size in sizes.items())}), found {n_channels}"
-        )
-    columns, start = [], 0
-    for axes in stretches:
-        shape = [n_units if axis in UNIT_AXES else _size(axis, sizes) for axis in axes]
-        if (unit_axis := _unit_axis(axes)) is not None:
-            # on the CPU even while a model is being built on the meta device (loading a pruned checkpoint)
-            channels = torch.arange(start, start + math.prod(shape), device="cpu").view(shape)
-            columns.append(channels.movedim(unit_axis, 0).reshape(n_units, -1))
-        start += math.prod(shape)
-    return torch.cat(columns, dim=1)
-
-
-def _unit_axis(axes: list[str]) -> int | None:
-    return next((i for i, axis in enumerate(axes) if axis in UNIT_AXES), None)
-
-
-def product(axes: str, sizes: Mapping[str, int]) -> int:
-    """The size of `"kv group dim"`: what attributes and configs say about several axes at once."""
-    return math.prod(_size(axis, sizes) for axis in axes.split())
-
-
-def _size(axis: str, sizes: Mapping[str, int]) -> int:
-    """The size of `"dim"`, `"3"` or `"group+2"`."""
-    return sum(int(term) if term.isdigit() else sizes[term] for term in axis.split("+"))
+def _group(layout: ModuleLayout, sizes: Mapping[str, int]) -> int:
+    return sizes.get("group", 1) if any("group" in text for text in layout.level2.values()) else 1
 
 
 def weight_of(linear: nn.Linear | Conv1D) -> Tensor:

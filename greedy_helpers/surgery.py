@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .families import UNIT_AXES
-from .structure import Depth2Module, channel_index, product, set_weight, weight_of
+from .layouts import channel_index, product
+from .structure import Depth2Module, set_weight, weight_of
 
 
 def check_units(module: Depth2Module, units: Tensor, least: int, most: int) -> Tensor:
@@ -55,6 +56,12 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
         Whatever is raised (out of memory, too), the module is left as it was.
     """
     keep = check_units(module, keep, least=1, most=module.n_units)
+    left = torch.bincount(keep // (module.n_units // module.n_sets), minlength=module.n_sets).tolist()
+    if len(set(left)) > 1:
+        raise ValueError(
+            f"{module.name}: expected to keep the same number of query heads of every KV head, found {left}; with "
+            "unit='kv' KV heads go with all their query heads"
+        )
     planned = []
     for group in module.groups:  # plan everything before changing anything
         weight, bias = weight_of(group.linear), group.linear.bias
@@ -64,7 +71,7 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
         else:
             planned.append((group.linear, weight[:, channels], None))
     lists = {path: _kept_entries(module, path, text, keep) for path, text in module.layout.lists.items()}
-    sizes = module.sizes | dict.fromkeys(UNIT_AXES, len(keep))
+    sizes = axis_sizes(module, len(keep))
     with undone_on_error(module.owner):
         for linear, weight, bias in planned:
             set_weight(linear, weight, bias)
@@ -74,8 +81,18 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
                 setattr(module.owner.get_submodule(parent), name, entries)
         for attribute, axes in module.layout.attributes.items():
             _set_attribute(module.owner, attribute, product(axes, sizes))
+        if module.n_sets > 1 and "//" not in (where := module.layout.sizes["group"]):
+            _set_attribute(module.owner, where, sizes["group"])
         if names := module.layout.head_inputs:
-            slice_head_inputs(module.owner, names, keep, module.n_units, module.sizes.get("group", 1))
+            heads = 1 if module.n_sets > 1 else module.group
+            slice_head_inputs(module.owner, names, keep, module.n_units, heads)
+
+
+def axis_sizes(module: Depth2Module, n_units: int) -> dict[str, int]:
+    """The sizes of all axes of the module's layouts when `n_units` are left."""
+    if module.n_sets > 1:
+        return module.sizes | {"kv": module.n_sets, "group": n_units // module.n_sets}
+    return module.sizes | dict.fromkeys(UNIT_AXES, n_units)
 
 
 def _kept_entries(module: Depth2Module, path: str, layout: str, keep: Tensor) -> nn.ModuleList | None:
@@ -84,8 +101,9 @@ def _kept_entries(module: Depth2Module, path: str, layout: str, keep: Tensor) ->
         entries = module.owner.get_submodule(path)
     except AttributeError:
         return None
-    index = channel_index(layout, len(entries), f"{module.name}.{path}", **module.sizes)
-    return nn.ModuleList([entries[i] for i in index[keep].flatten().tolist()])
+    finer = module.n_sets > 1
+    index = channel_index(layout, len(entries), f"{module.name}.{path}", finer, **module.sizes)
+    return nn.ModuleList([entries[i] for i in index[keep].flatten().tolist()]) if index.numel() else entries
 
 
 class _ConfigView:

@@ -167,7 +167,8 @@ class WorkFolder:
             return
         if sha256_of(file) != record["sha256"]:
             raise ValueError(f"{file} is not the file that was written; delete {self.folder} to start again")
-        modules = {module.name: module for module in depth2_modules(model, [index])}
+        unit = {step["name"]: "kv" if step["unit"] == "KV head" else "query" for step in record["steps"]}
+        modules = {module.name: module for module in depth2_modules(model, [index], unit=unit)}
         for step in record["steps"]:
             remove_units(modules[step["name"]], torch.tensor(step["keep"], dtype=torch.long, device="cpu"))
         with safe_open(file, "pt") as weights:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ...structure import channel_index
+from ...layouts import channel_index
 from .common import ask, call, compare, draw, expect, is_linear, like
 
 
