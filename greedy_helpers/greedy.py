@@ -6,6 +6,7 @@ least-squares error least *after* level 2 was solved again on the survivors, one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -273,6 +274,7 @@ def exact_greedy(
     *,
     swaps: int = 0,
     whole_path: bool = False,
+    metric: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The exact greedy selection as a criterion: float64 [n_units].
@@ -288,6 +290,9 @@ def exact_greedy(
         swaps: at most so many trades of :func:`swap` behind the elimination.
         whole_path: eliminate down to the last unit even if fewer have to go; for plans over the whole model, which
             compare the costs of all modules (:func:`~greedy_helpers.allocation.cost_plan`).
+        metric: module name -> L [d, d], see :func:`~greedy_helpers.prices.loss_metric`. Errors e are then counted as
+            1/2 ||e L||^2, the rise of the loss in nats per token to second order. What the survivors are refitted to
+            does not depend on it, only which unit is the cheapest, and its price.
         dtype: see :func:`eliminate`.
 
     Raises:
@@ -297,6 +302,8 @@ def exact_greedy(
     linear, moments = module.level2.linear, seen.level2
     system, rest = normal_equations(moments, weight_of(linear), linear.bias, seen.damp, dtype=dtype)
     solution = weight_of(linear).to(system.h).T + system.solve(rest)
+    if metric is not None:
+        solution = solution @ (metric[module.name].to(solution) * 0.5**0.5)
     n_keep = module.n_sets if whole_path or seen.n_keep is None else seen.n_keep
     inverse = (
         system.inverse() if system.h.dtype == dtype else None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .large.distributed import all_sum, share_of
 from .large.lazy import is_lazy
 from .structure import check_tokens, depth2_modules, eval_mode
 
@@ -37,8 +38,11 @@ def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batc
     if is_lazy(model):
         raise ValueError("output_fisher: expected the whole model in memory, found its blocks on the disk")
     if model.get_output_embeddings() is None:
-        raise ValueError(f"output_fisher: expected a causal language model, found {type(model).__name__} without a head")
+        raise ValueError(
+            f"output_fisher: expected a causal language model, found {type(model).__name__} without a head"
+        )
     outputs = {module.name: module.level2.linear for module in depth2_modules(model)}
+    count, tokens = tokens.numel(), share_of(tokens)
     sums: dict[str, Tensor] = {}
     generator = torch.Generator(model.device).manual_seed(seed)
     with eval_mode(model), _frozen(model), _gradients(model, outputs, sums), torch.enable_grad():
@@ -47,7 +51,8 @@ def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batc
             with torch.no_grad():
                 labels = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator).flatten()
             F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
-    return {name: total / tokens.numel() for name, total in sums.items()}
+    all_sum(*sums.values())
+    return {name: total / count for name, total in sums.items()}
 
 
 @contextmanager
@@ -85,12 +90,14 @@ def _gradients(model: PreTrainedModel, outputs: dict[str, nn.Module], sums: dict
         yield
 
 
-def metric_root(fisher: Tensor, damp: float = 0.1) -> Tensor:
-    """L with L L' = G + damp * mean(diag G) * I, float64 [d, d] lower: ||e L||^2 = e G e' for a row e.
+def loss_metric(model: PreTrainedModel, tokens: Tensor, damp: float = 0.1) -> dict[str, Tensor]:
+    """:func:`output_fisher` as a metric: module name -> L, float64 [d, d] lower, with L L' = G + damp mean(diag G) I.
 
-    G is estimated from as many gradients as there are tokens, and its small directions from none. Damping keeps the
-    plain squared error alive in them.
+    An error e [d] then costs 1/2 ||e L||^2 nats. G is known from as many gradients as there are tokens, and in small
+    directions from none: damping keeps a share of the plain squared error alive there.
     """
-    g = fisher.double()
-    identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
-    return torch.linalg.cholesky(g + damp * g.diagonal().mean().clamp(min=torch.finfo(g.dtype).tiny) * identity)
+    roots = {}
+    for name, fisher in output_fisher(model, tokens).items():
+        floor = damp * fisher.diagonal().mean().clamp(min=torch.finfo(fisher.dtype).tiny)
+        roots[name] = torch.linalg.cholesky(fisher + floor * torch.eye(len(fisher)).to(fisher))
+    return roots

@@ -24,7 +24,7 @@ from .large.lazy import check_weights, is_lazy
 from .large.memory import at_smaller_batches, with_smaller_batches
 from .large.resume import WorkFolder, resumed, settings_of
 from .measure import DenseRecord, Drift, ModulePasses, advance_dense
-from .recipes import ALLOCATIONS, RECOMMENDED, Recipe
+from .recipes import ALLOCATIONS, RECOMMENDED, Dense, Recipe
 from .remedies import Cut, Remedy
 from .report import PruneReport, PruneStep
 from .stream import Streams, walk, windows_per_batch
@@ -174,11 +174,12 @@ def prune(
     started, before = time.perf_counter(), count_parameters(model)
     modules = _check_arguments(model, calibration, ratio, recipe, plan, blocks, kinds, unit, work_dir)
     where = {"batch_size": batch_size, "device": device, "store": store}
-    criterion, remedy = recipe.resolved(model, calibration, unit)
+    same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
+    score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
+    dense = Dense(model, calibration, unit, score)
+    criterion, remedy = recipe.resolved(dense)
     if plan is None:
-        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
-        score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
-        plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, score)
+        plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
     plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
     job = Job(criterion, remedy, recipe.damp, plan, unit, precision)
     of_modules = sum(map(module_parameters, modules))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ from .criteria import (
     weight_norm,
 )
 from .greedy import exact_greedy
+from .prices import loss_metric
 from .remedies import REMEDIES, Remedy
 from .structure import Depth2Module, Units
 
@@ -46,28 +47,52 @@ CRITERIA: dict[str, Criterion] = {
     "energy heads, greedy FFN": partial(by_kind, attention=output_energy, ffn=exact_greedy),
 }
 
-# Criteria that look at the whole dense model first: (model, calibration, unit) -> criterion.
-PREPARED: dict[str, Callable[[PreTrainedModel, Tensor, Units], Criterion]] = {
-    f"Taylor {kind}": lambda model, tokens, unit, kind=kind: partial(
-        fixed_scores, scores=taylor_scores(model, tokens, kind, unit=unit)
-    )
-    for kind in ("vector", "element1", "element2", "mix")
+
+@dataclass(frozen=True)
+class Dense:
+    """What a recipe may ask about the whole model before anything is cut.
+
+    Attributes:
+        calibration: long [n, seq].
+        unit: see :func:`~greedy_helpers.structure.depth2_modules`.
+        scores: criterion -> every module's scores, :func:`~greedy_helpers.pruning.scores_of` with the run's settings.
+    """
+
+    model: PreTrainedModel
+    calibration: Tensor
+    unit: Units
+    scores: Callable[[Criterion], dict[str, Tensor]]
+
+    @cached_property
+    def metric(self) -> dict[str, Tensor]:
+        """The loss's metric on every module's output, see :func:`~greedy_helpers.prices.loss_metric`."""
+        return loss_metric(self.model, self.calibration)
+
+
+# Criteria that look at the whole dense model first.
+PREPARED: dict[str, Callable[[Dense], Criterion]] = {
+    "exact greedy, loss metric": lambda dense: partial(exact_greedy, metric=dense.metric),
+    **{
+        f"Taylor {kind}": lambda dense, kind=kind: partial(
+            fixed_scores, scores=taylor_scores(dense.model, dense.calibration, kind, unit=dense.unit)
+        )
+        for kind in ("vector", "element1", "element2", "mix")
+    },
 }
 
-# (modules, ratio, criterion, scores of a criterion on the dense model) -> (plan, criterion to prune with).
-Scorer = Callable[[Criterion], dict[str, Tensor]]
-Allocation = Callable[[Sequence[Depth2Module], float, Criterion, Scorer], tuple[Plan, Criterion]]
+# (modules, ratio, criterion, the dense model) -> (plan, criterion to prune with).
+Allocation = Callable[[Sequence[Depth2Module], float, Criterion, Dense], tuple[Plan, Criterion]]
 
 
 def uniform(
-    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _scores: Scorer
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _dense: Dense
 ) -> tuple[Plan, Criterion]:
     """The same share of parameters everywhere, to the nearest unit: `ratio` of the modules' parameters go."""
     return uniform_plan(modules, asked_parameters(modules, ratio)), criterion
 
 
 def by_floor(
-    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _scores: Scorer
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _dense: Dense
 ) -> tuple[Plan, Criterion]:
     """The same share of units everywhere, rounded down: floor(ratio * units) of every module go (the paper).
 
@@ -80,23 +105,33 @@ def by_floor(
 
 
 def adaptive(
-    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, scores: Scorer
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """FLAP's AL-AM: one ranking of standardised scores of the dense model, until `ratio` of the parameters are gone."""
-    dense = scores(criterion)
-    plan = adaptive_plan(modules, dense, asked_parameters(modules, ratio))
-    return plan, partial(fixed_scores, scores=dense)
+    scores = dense.scores(criterion)
+    plan = adaptive_plan(modules, scores, asked_parameters(modules, ratio))
+    return plan, partial(fixed_scores, scores=scores)
 
 
 def by_cost(
-    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, scores: Scorer
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """Exact greedy's costs per parameter, over the whole dense model, until `ratio` of the parameters are gone."""
-    dense = scores(partial(exact_greedy, whole_path=True))
-    return cost_plan(modules, dense, asked_parameters(modules, ratio)), criterion
+    costs = dense.scores(partial(exact_greedy, whole_path=True))
+    return cost_plan(modules, costs, asked_parameters(modules, ratio)), criterion
 
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "floor": by_floor, "adaptive": adaptive, "cost": by_cost}
+def by_loss(
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
+) -> tuple[Plan, Criterion]:
+    """The same with costs in nats: what a module's error does to the loss, to second order."""
+    prices = dense.scores(partial(exact_greedy, whole_path=True, metric=dense.metric))
+    return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": uniform, "floor": by_floor, "adaptive": adaptive, "cost": by_cost, "loss prices": by_loss
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,7 +145,8 @@ class Recipe:
         damp: ridge damping of every refit, and of criteria that solve, as a share of the mean diagonal of X'X.
         allocation: what a ratio means: `"uniform"`, that share of the parameters, the same of every module up to whole
             units (:func:`~greedy_helpers.allocation.uniform_plan`); `"floor"`, that share of every module's units,
-            rounded down; `"adaptive"` and `"cost"`, that share of all modules' parameters, where they score lowest.
+            rounded down; `"adaptive"`, `"cost"` and `"loss prices"`, that share of all modules' parameters, where they score
+            lowest.
 
     Raises:
         ValueError: a name that is not in its table, or damp < 0.
@@ -151,12 +187,12 @@ class Recipe:
         spread = "" if self.allocation in ("uniform", "floor") else f", {self.allocation}"  # both: equal shares
         return names["criterion"] + spread + remedy
 
-    def resolved(self, model: PreTrainedModel, calibration: Tensor, unit: Units = "query") -> tuple[Criterion, Remedy]:
+    def resolved(self, dense: Dense) -> tuple[Criterion, Remedy]:
         """The functions that the names stand for. Some criteria look at the dense model now."""
         criterion, remedy = self.criterion, self.remedy
         if isinstance(criterion, str):
             prepare = PREPARED.get(criterion)
-            criterion = CRITERIA[criterion] if prepare is None else prepare(model, calibration, unit)
+            criterion = CRITERIA[criterion] if prepare is None else prepare(dense)
         return criterion, REMEDIES[remedy] if isinstance(remedy, str) else remedy
 
 
