@@ -145,8 +145,8 @@ class Recipe:
         damp: ridge damping of every refit, and of criteria that solve, as a share of the mean diagonal of X'X.
         allocation: what a ratio means: `"uniform"`, that share of the parameters, the same of every module up to whole
             units (:func:`~greedy_helpers.allocation.uniform_plan`); `"floor"`, that share of every module's units,
-            rounded down; `"adaptive"`, `"cost"` and `"loss prices"`, that share of all modules' parameters, where they score
-            lowest.
+            rounded down; `"adaptive"`, `"cost"` and `"loss prices"`, that share of all modules' parameters, where they
+            score lowest.
 
     Raises:
         ValueError: a name that is not in its table, or damp < 0.
