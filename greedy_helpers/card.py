@@ -64,7 +64,7 @@ def model_card(
         rows["removed from these modules"] = f"{report.removed['modules']:.2%} of their parameters"
     rows |= _removed(model, dense)
     if report is not None:
-        damping = "" if report.remedy in ("none", "bias") else f" (damping {report.damp:g})"
+        damping = "" if report.remedy in ("none", "bias") else f" (damping {report.damp})"
         rows |= {
             "criterion": report.criterion,
             "remedy": report.remedy + damping,

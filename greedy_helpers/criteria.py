@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .layouts import channel_index
 from .moments import Moments
-from .reconstruct import ridge
+from .reconstruct import HELD_OUT, ridge
 from .structure import Depth2Module, Units, check_tokens, depth2_modules, eval_mode, weight_of
 
 
@@ -43,7 +43,8 @@ class Seen:
         level1: moments of the module's input x (read by every level-1 linear): Sigma = level1.xx / level1.n. If the
             remedy refits level 1 they are paired with what the same linears read in the dense model.
         level2: moments of level 2's input z, paired with the remedy's targets; `level2.mean_square` is E[z_j^2].
-        damp: the damping of the remedy's refits, as a share of the mean diagonal.
+        refit_damp: the damping of the remedy's refits, as a share of the mean diagonal; or `"held out"`.
+        damp: the damping of criteria that solve: the same, and 0.01 where the refits choose theirs.
         n_keep: how many units will stay, where that is already known.
         hidden_mean: mean of level 2's input in the dense model, float64 [channels]; with a remedy that reads it.
     """
@@ -53,7 +54,7 @@ class Seen:
         level1: Moments | None = None,
         level2: Moments | None = None,
         *,
-        damp: float = 1e-2,
+        damp: float | str = 1e-2,
         n_keep: int | None = None,
         passes: Passes | None = None,
         both: bool = False,
@@ -63,7 +64,8 @@ class Seen:
             passes: measures what is not given.
             both: level 2's moments will be needed in any case, so the pass for level 1's takes them along.
         """
-        self.damp, self.n_keep, self._both = damp, n_keep, both
+        self.refit_damp, self.damp = damp, 1e-2 if damp == HELD_OUT else damp
+        self.n_keep, self._both = n_keep, both
         self._level1, self._level2, self._passes = level1, level2, passes
 
     @property

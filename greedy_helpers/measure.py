@@ -119,6 +119,7 @@ class ModulePasses:
         drift: Drift | None = None,
         *,
         target: str = "none",
+        hold_out: bool = False,
         precision: torch.dtype = torch.float64,
     ) -> None:
         """
@@ -127,8 +128,10 @@ class ModulePasses:
             dense: what the module does in the dense model.
             drift: what the residual stream lacks in front of the module, for the residual target.
             target: of level 2, see :mod:`greedy_helpers.remedies`; or `"none"`.
+            hold_out: every fourth window's moments are taken for themselves, too.
             precision: see :class:`~greedy_helpers.moments.Moments`.
         """
+        self._hold_out = hold_out
         self._stream, self._block, self._module, self._dense, self._drift = stream, block, module, dense, drift
         self._target, self._precision = target, precision
 
@@ -136,10 +139,14 @@ class ModulePasses:
     def moments(self, *levels: int) -> list[Moments]:
         """Moments of what level 1, level 2 or both read, paired with their targets, from one pass over the block."""
         groups = {1: next(iter(self._module.level1.values())), 2: self._module.level2}
-        results = [Moments(groups[level].path, self._precision) for level in levels]
+        results = [Moments(groups[level].path, self._precision, hold_out=self._hold_out) for level in levels]
+        first = 0  # window of the batch
         for place, inputs in enumerate(self._inputs([groups[level].linear for level in levels])):
+            n, seq = self._stream.hidden[place].shape[:2]
+            held_out = (torch.arange(first, first + n) % 4 == 3).repeat_interleave(seq)
             for moments, level, x in zip(results, levels, inputs, strict=True):
-                moments.update(x, self._target_of(level, place))
+                moments.update(x, self._target_of(level, place), held_out)
+            first += n
         for moments in results:
             moments.reduce()
         if self._target == "local" and 2 in levels:

@@ -43,6 +43,7 @@ class Moments:
         n: tokens seen.
         dtype: of the sums, and so of everything that is solved from them. float64; float32 halves the memory, and is
             many times faster on cards without float64 units, where the solution needs no better than 1e-3 or so.
+        held_out: moments of some of these tokens alone, for choosing between solutions; None if nobody asked for them.
         solved: what has been computed from the sums so far, such as a factorisation; emptied by :meth:`update`.
     """
 
@@ -52,17 +53,25 @@ class Moments:
     y = _sum("y", "[d_y], sum of y; None without targets.")
     yy = _sum("yy", "A scalar, sum of ||y||^2; None without targets.")
 
-    def __init__(self, name: str = "input", dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, name: str = "input", dtype: torch.dtype = torch.float64, *, hold_out: bool = False) -> None:
         self.name, self.n, self.dtype = name, 0, dtype
+        self.held_out = Moments(name, dtype) if hold_out else None
         self.solved: dict[Hashable, Any] = {}
         self._total: dict[str, Tensor | None] = {}
         self._recent: dict[str, Tensor] = {}
         self._n_recent = 0
 
     @torch.no_grad()  # else sums of what trainable weights made would keep all of it
-    def update(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add tokens: x [tokens, d_x] and, if they have targets, y [tokens, d_y] (moved to x's device)."""
+    def update(self, x: Tensor, y: Tensor | None = None, held_out: Tensor | None = None) -> None:
+        """Add tokens: x [tokens, d_x] and, if they have targets, y [tokens, d_y] (moved to x's device).
+
+        Args:
+            held_out: bool [tokens], which of them are held out, where that is asked for.
+        """
         self.solved.clear()
+        if self.held_out is not None and held_out is not None and held_out.any():
+            mask = held_out.to(x.device)
+            self.held_out.update(x[mask], None if y is None else y.to(x.device)[mask])
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         half = x.dtype.itemsize == 2
         x = x.to(dtype)
@@ -127,6 +136,16 @@ class Moments:
         count = self.xx.new_tensor(self.n, dtype=torch.float64)
         all_sum(count, *(total for total in self._total.values() if total is not None))
         self.n = int(count)
+        if self.held_out is not None:
+            self.held_out.reduce()
+
+    def fitted(self) -> Moments:
+        """The moments of the tokens that are not held out."""
+        held = self.held_out
+        pairs = {key: (total, held._total.get(key)) for key, total in self._total.items()} if held.n else {}
+        rest = self._with(**{key: None if total is None else total - part for key, (total, part) in pairs.items()})
+        rest.n = self.n - held.n
+        return rest
 
     def _with(self, **sums: Tensor | None) -> Moments:
         """The same tokens with other sums."""
@@ -138,7 +157,9 @@ class Moments:
         """The moments of some of x's channels (long [k]): what a new pass over the cut module would collect."""
         channels = channels.to(self.xx.device)
         xy = None if self.xy is None else self.xy[channels]
-        return self._with(xx=self.xx[channels][:, channels], x=self.x[channels], xy=xy, y=self.y, yy=self.yy)
+        chosen = self._with(xx=self.xx[channels][:, channels], x=self.x[channels], xy=xy, y=self.y, yy=self.yy)
+        chosen.held_out = self.held_out and self.held_out.select(channels)
+        return chosen
 
     def aim_at(self, weight: Tensor, bias: Tensor | None = None) -> Moments:
         """The same inputs with a layer's own outputs as targets: `weight` [d_y, d_x] and `bias` [d_y], no data needed.
@@ -152,7 +173,9 @@ class Moments:
             b = bias.to(self.xx)
             yy = yy + 2 * b @ y + self.n * b.square().sum()
             xy, y = xy + torch.outer(self.x, b), y + self.n * b
-        return self._with(xx=self.xx, x=self.x, xy=xy, y=y, yy=yy)
+        aimed = self._with(xx=self.xx, x=self.x, xy=xy, y=y, yy=yy)
+        aimed.held_out = self.held_out and self.held_out.aim_at(weight, bias)
+        return aimed
 
     @property
     def mean_square(self) -> Tensor:

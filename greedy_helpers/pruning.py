@@ -25,6 +25,7 @@ from .large.memory import at_smaller_batches, with_smaller_batches
 from .large.resume import WorkFolder, resumed, settings_of
 from .measure import DenseRecord, Drift, ModulePasses, advance_dense
 from .recipes import ALLOCATIONS, RECOMMENDED, Dense, Recipe
+from .reconstruct import HELD_OUT
 from .remedies import Cut, Remedy
 from .report import PruneReport, PruneStep
 from .stream import Streams, walk, windows_per_batch
@@ -49,7 +50,7 @@ class Job:
 
     criterion: Criterion
     remedy: Remedy
-    damp: float
+    damp: float | str
     plan: Plan
     unit: Units = "query"
     precision: torch.dtype = torch.float64
@@ -75,7 +76,7 @@ def prune_module(module: Depth2Module, seen: Seen, job: Job) -> PruneStep:
     return PruneStep(
         name=module.name, kind=module.kind, unit=module.unit, block=module.block, units_before=module.n_units,
         units_after=len(keep), error_cut=error_cut, error=error, seconds=time.perf_counter() - started,
-        rank=fit and fit.rank, condition=fit and fit.condition, scores=scores, keep=keep,
+        damp=fit and fit.damp, rank=fit and fit.rank, condition=fit and fit.condition, scores=scores, keep=keep,
     )  # fmt: skip
 
 
@@ -101,11 +102,10 @@ def prune_block(model: PreTrainedModel, block: nn.Module, streams: Streams, job:
     before = None  # so that it is not kept through what follows
     for module, record in zip(modules, records, strict=True):
         if module.name in job.plan:
-            how = {"target": remedy.target, "precision": job.precision}
+            how = {"target": remedy.target, "hold_out": job.damp == HELD_OUT, "precision": job.precision}
             passes = ModulePasses(streams.pruned, block, module, record, drift, **how)
-            steps.append(
-                prune_module(module, Seen(damp=job.damp, n_keep=job.plan[module.name], passes=passes, both=True), job)
-            )
+            seen = Seen(damp=job.damp, n_keep=job.plan[module.name], passes=passes, both=True)
+            steps.append(prune_module(module, seen, job))
         if drift is not None:
             drift.passed.append(record)
         record.inputs.clear()
@@ -214,7 +214,7 @@ def scores_of(
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
     unit: Units = "query",
-    damp: float = 1e-2,
+    damp: float | str = 1e-2,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     store: torch.device | str | None = None,

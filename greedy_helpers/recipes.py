@@ -27,6 +27,7 @@ from .criteria import (
 )
 from .greedy import exact_greedy
 from .prices import loss_metric
+from .reconstruct import HELD_OUT
 from .remedies import REMEDIES, Remedy
 from .structure import Depth2Module, Units
 
@@ -142,7 +143,9 @@ class Recipe:
         criterion: a function (module, seen) -> scores [n_units], higher = keep, with its options bound by
             `functools.partial`; or a name in :data:`CRITERIA` or :data:`PREPARED`.
         remedy: a :class:`~greedy_helpers.remedies.Remedy`, or a name in :data:`~greedy_helpers.remedies.REMEDIES`.
-        damp: ridge damping of every refit, and of criteria that solve, as a share of the mean diagonal of X'X.
+        damp: ridge damping of every refit, and of criteria that solve, as a share of the mean diagonal of X'X; or
+            `"held out"`: every refit chooses its own, or to be left out, by what it does on every fourth calibration
+            window (:func:`~greedy_helpers.reconstruct.choose_damp`).
         allocation: what a ratio means: `"uniform"`, that share of the parameters, the same of every module up to whole
             units (:func:`~greedy_helpers.allocation.uniform_plan`); `"floor"`, that share of every module's units,
             rounded down; `"adaptive"`, `"cost"` and `"loss prices"`, that share of all modules' parameters, where they
@@ -155,7 +158,7 @@ class Recipe:
 
     criterion: Criterion | str = "exact greedy"
     remedy: Remedy | str = "both, residual"
-    damp: float = 1e-2
+    damp: float | str = 1e-2
     allocation: str = "uniform"
 
     def __post_init__(self) -> None:
@@ -168,8 +171,8 @@ class Recipe:
             if not isinstance(value, str) and not own[field]:
                 meant = {"criterion": "a function (module, seen)", "remedy": "a Remedy", "allocation": "a name"}[field]
                 raise TypeError(f"expected as {field} {meant}, found {value!r}")
-        if not self.damp >= 0:
-            raise ValueError(f"expected damp >= 0, found {self.damp!r}")
+        if self.damp != HELD_OUT and (isinstance(self.damp, str) or not self.damp >= 0):
+            raise ValueError(f"expected damp >= 0 or {HELD_OUT!r}, found {self.damp!r}")
 
     @property
     def names(self) -> dict[str, str | float]:

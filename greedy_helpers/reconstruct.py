@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from .moments import Moments
 from .structure import set_weight, weight_of
 
+# In the place of a damping: choose one for every refit, see `choose_damp`.
+HELD_OUT = "held out"
+DAMPS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -19,15 +24,17 @@ class Solution:
 
     Attributes:
         weight, bias: float64 [d_y, d_x] and [d_y] (None for a layer without a bias).
+        damp: the damping as a share of the mean diagonal of X'X; infinite: nothing was changed.
         lam: the absolute damping, `damp` times the mean diagonal of X'X.
         tokens, features: rows of X, and columns of X that are not always zero.
         rank: of X'X: at most the smaller of the two; counted from eigenvalues where they were computed.
         condition: estimated condition number of X'X + lam I (largest over smallest eigenvalue).
-        method: `"cholesky"`, or `"eigen"` where rounding left no positive pivots.
+        method: `"cholesky"`, `"eigen"` where rounding left no positive pivots, or `"none"`.
     """
 
     weight: Tensor = field(repr=False)
     bias: Tensor | None = field(repr=False)
+    damp: float
     lam: float
     tokens: int
     features: int
@@ -181,7 +188,7 @@ def normal_equations(
 
 
 def solve(
-    moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float = 1e-2, *, through: bool = False
+    moments: Moments, weight: Tensor, bias: Tensor | None = None, damp: float | str = 1e-2, *, through: bool = False
 ) -> Solution:
     """The weight [d_y, d_x] and bias [d_y] nearest to the targets, from the moments alone.
 
@@ -193,6 +200,7 @@ def solve(
     At W0 the penalty is zero, so the error on the calibration tokens can only go down.
 
     Args:
+        damp: or :data:`HELD_OUT`, see :func:`choose_damp`.
         through: the moments' y is not the target but another input of the same layer (the dense model's), and the
             targets are what the layer, as it is now, makes of it: X'Y = (X'y) W0', so no output is ever computed.
 
@@ -201,6 +209,11 @@ def solve(
         FloatingPointError: the solution holds NaN or Inf.
     """
     d_x = len(moments.xx)
+    if damp == HELD_OUT:
+        damp = choose_damp(moments, weight, bias, through=through)
+    if math.isinf(damp):
+        features = int((moments.xx.diagonal() > 0).sum())
+        return Solution(weight, bias, damp, damp, moments.n, features, min(features, moments.n), 1.0, "none")
     system, rest = normal_equations(moments, weight, bias, damp, through=through)
     if moments.n < d_x + (bias is not None):
         warnings.warn(
@@ -219,11 +232,63 @@ def solve(
         if through or aim is None:  # what the layer, as it is now, makes of an input
             aim = weight.to(new) @ (moments.y if through else moments.x).to(new) + moments.n * bias.to(new)
         new_bias = (aim.to(new) - new @ moments.x.to(new)) / moments.n
-    return Solution(new, new_bias, system.lam, moments.n, system.features, system.rank, condition, system.method)
+    return Solution(new, new_bias, damp, system.lam, moments.n, system.features, system.rank, condition, system.method)
 
 
 @torch.no_grad()
-def refit(linears: Sequence[nn.Module], moments: Moments, damp: float = 1e-2, *, through: bool = False) -> Solution:
+def choose_damp(
+    moments: Moments,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    through: bool = False,
+    candidates: Sequence[float] = DAMPS,
+) -> float:
+    """The damping whose solution from the other tokens is nearest to the targets on the held-out ones.
+
+    From moments alone, without another pass: the error of W is tr(W H W') - 2 tr(W R') and a constant, with the
+    held-out tokens' H = X'X and R = Y'X. Infinity, which is to leave the layer as it is, is among the candidates, so a
+    refit that does not carry over to text it has not seen is not made.
+
+    Raises:
+        ValueError: the moments hold no tokens out.
+    """
+    held = moments.held_out
+    if held is None or not 0 < held.n < moments.n:
+        raise ValueError(
+            f"{moments.name}: expected calibration windows that are held out, to choose a damping by, found "
+            f"{0 if held is None else held.n} of {moments.n} tokens"
+        )
+    fitted, errors = moments.fitted(), {}
+    for damp in candidates:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few tokens: that is what the held-out ones are for
+            found = solve(fitted, weight, bias, damp, through=through)
+        errors[damp] = _error(held, found, weight, bias, through)
+    return min(errors, key=lambda damp: (errors[damp], -damp))
+
+
+def _error(moments: Moments, found: Solution, weight: Tensor, bias: Tensor | None, through: bool) -> float:
+    """||Y - X W' - b||^2 up to a constant, without the targets' own energy."""
+    w, x, xy = found.weight.to(moments.xx), moments.x, moments.xy
+    y = moments.y
+    if through:  # the targets are what the layer, as it was, makes of y
+        w0 = weight.to(moments.xx)
+        xy, y = xy @ w0.T, w0 @ y
+        if bias is not None:
+            b0 = bias.to(moments.xx)
+            xy, y = xy + torch.outer(x, b0), y + moments.n * b0
+    error = ((w @ moments.xx - 2 * xy.T) * w).sum()
+    if found.bias is not None:
+        b = found.bias.to(moments.xx)
+        error = error + moments.n * b.square().sum() + 2 * b @ (w @ x) - 2 * b @ y
+    return error.item()
+
+
+@torch.no_grad()
+def refit(
+    linears: Sequence[nn.Module], moments: Moments, damp: float | str = 1e-2, *, through: bool = False
+) -> Solution:
     """Refit linears that read the same input X to the targets Y, in place, with one factorisation.
 
     `moments` pairs X [tokens, d_in] with the linears' targets side by side, Y [tokens, sum of d_out]; or, with

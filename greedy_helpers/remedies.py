@@ -63,13 +63,13 @@ class Remedy:
 def refit_both_levels(module: Depth2Module, seen: Seen) -> Solution:
     """The paper's two steps (Algorithms 3 and 4): level 1 to its dense outputs, then level 2 to its target."""
     linears = [group.linear for group in module.level1.values()]
-    refit(linears, seen.only_level1(), seen.damp, through=True)
-    return refit([module.level2.linear], seen.level2, seen.damp)
+    refit(linears, seen.only_level1(), seen.refit_damp, through=True)
+    return refit([module.level2.linear], seen.level2, seen.refit_damp)
 
 
 def refit_survivors(module: Depth2Module, cut: Cut, seen: Seen) -> Solution:
     """Level 2 to its target, from the inputs that are left."""
-    return refit([module.level2.linear], cut.survivors, seen.damp)
+    return refit([module.level2.linear], cut.survivors, seen.refit_damp)
 
 
 def absorb_mean(module: Depth2Module, cut: Cut, seen: Seen) -> None:

@@ -25,8 +25,7 @@ class PruneStep:
         error_cut, error: relative squared error of the module's output against the targets on the calibration tokens
             (0 = equal, 1 = as bad as silence), after the cut and after the last refit. With the dense model's outputs
             as targets it contains what the pruned prefix already broke.
-        rank, condition: of the last refit's X'X and X'X + lam I, see :class:`~greedy_helpers.reconstruct.Solution`;
-            None without a refit.
+        damp, rank, condition: of the last refit, see :class:`~greedy_helpers.reconstruct.Solution`; None without one.
     """
 
     name: str
@@ -38,6 +37,7 @@ class PruneStep:
     error_cut: float
     error: float
     seconds: float
+    damp: float | None
     rank: int | None
     condition: float | None
     scores: Tensor = field(repr=False)
@@ -67,7 +67,7 @@ class PruneReport:
     criterion: str
     remedy: str
     allocation: str
-    damp: float
+    damp: float | str
     tokens: int
     parameters: dict[str, list[int]]
     seconds: float
