@@ -153,8 +153,8 @@ def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int, *, multiple
         )
     plan = plan_of(n_parameters)
     if n_parameters > 0:
-        share = f"{100 * n_parameters / total:.3g}% of their parameters"
-        warn_of_whole(modules, plan, f"the number of units nearest to {share} is none")
+        share = f"{100 * n_parameters / total:.3g}%"
+        warn_of_whole(modules, plan, f"the number of units nearest to {share} of their parameters is none")
     return plan
 
 
