@@ -101,7 +101,11 @@ def _blocks(text: str) -> range:
 _DTYPES = ("float32", "bfloat16", "float16")
 _Remedy = Option(parser=_one_of(REMEDIES), metavar="NAME", help=" | ".join(REMEDIES))
 _Criterion = Option(parser=_one_of((*CRITERIA, *PREPARED)), metavar="NAME", help=" | ".join((*CRITERIA, *PREPARED)))
-_Allocation = Option(parser=_one_of(ALLOCATIONS), metavar="NAME", help=" | ".join(ALLOCATIONS))
+_Allocation = Option(
+    parser=_one_of(ALLOCATIONS),
+    metavar="NAME",
+    help=f"{' | '.join(ALLOCATIONS)}; floor: --ratio is of every module's units, rounded down, as in the paper",
+)
 _Dtype = Option(parser=_one_of(_DTYPES), metavar="NAME", help=f"{' | '.join(_DTYPES)}; default: float32 on a CPU")
 _Blocks = Option(parser=_blocks, metavar="FIRST:END", help="prune these only, e.g. 4:30; default: all")
 _Calibration = Annotated[int, Option(help="windows to calibrate on")]
@@ -147,7 +151,7 @@ def _check_device(*devices: str | None) -> None:
 def prune(
     model: Annotated[str, Argument(help="embedded name, local folder or Hub id")],
     folder: Annotated[Path, Argument(help="where to save the pruned model")],
-    ratio: Annotated[float, Option(help="share of every module's units")] = 0.25,
+    ratio: Annotated[float, Option(help="share of the parameters of the modules to prune; see --allocation")] = 0.25,
     recipe: Annotated[str, _Recipe] = "recommended",
     criterion: Annotated[str | None, _Criterion] = None,
     remedy: Annotated[str | None, _Remedy] = None,

@@ -1,7 +1,7 @@
-"""How many units each module loses, and which: uniform ratios, protected blocks, budgets spread over the whole model.
+"""How many units each module loses, and which: equal shares, protected blocks, budgets spread over the whole model.
 
 A *plan* maps module names to the number of units they keep; :func:`~greedy_helpers.pruning.prune` takes one as `plan=`.
-Ratios are of units by default; budgets are counted in parameters.
+Ratios and budgets are counted in parameters.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Plan = Mapping[str, int]
 
 
 def check_ratio(ratio: float) -> float:
-    """The share of units to remove, in [0, 1).
+    """The share to remove, in [0, 1).
 
     Raises:
         ValueError: outside [0, 1) or not a number.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        raise ValueError(f"expected a ratio in [0, 1), the share of units to remove, found {ratio!r}")
+        raise ValueError(f"expected a ratio in [0, 1), the share to remove, found {ratio!r}")
     return float(ratio)
 
 
@@ -77,6 +77,21 @@ def unit_parameters(module: Depth2Module) -> int:
     return total
 
 
+def module_parameters(module: Depth2Module) -> int:
+    """Weights and biases of all linears of the module: what no unit owns, like shared keys and values, included."""
+    linears = [group.linear for group in module.groups]
+    return sum(weight_of(linear).numel() + (0 if linear.bias is None else len(linear.bias)) for linear in linears)
+
+
+def asked_parameters(modules: Sequence[Depth2Module], ratio: float) -> int:
+    """The number of parameters that `ratio` of `modules` is.
+
+    Raises:
+        ValueError: ratio outside [0, 1).
+    """
+    return round(check_ratio(ratio) * sum(map(module_parameters, modules)))
+
+
 def budget(model: PreTrainedModel, ratio: float, of: str = "blocks") -> int:
     """The number of parameters to remove: a share of the blocks' parameters, or of `"all"`.
 
@@ -91,53 +106,84 @@ def budget(model: PreTrainedModel, ratio: float, of: str = "blocks") -> int:
 
 
 def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int, *, multiple: int = 1) -> dict[str, int]:
-    """One ratio for all `modules`, the smallest that removes `n_parameters` or more.
+    """The same share of the parameters of each of `modules`, together as near to `n_parameters` as whole units allow.
+
+    Every attention module keeps the number of units that is nearest to its share, counted in parameters; query heads
+    go in equal numbers from every KV head, and one of each stays. FFN channels take the rest, the same share of every
+    FFN, so that FFNs of one size stay of one size: half a channel per FFN is the most by which `n_parameters` is
+    missed. Where no FFN is among the modules, the nearest numbers of heads are all there is.
 
     Args:
+        n_parameters: for a ratio, that share of the modules' :func:`module_parameters`.
         multiple: FFN modules keep a multiple of so many channels (the nearest one, at least one multiple), or all
-            they have. Matrix kernels work in tiles: in half precision tensor cores are most efficient on widths that
-            are multiples of 8, on an A100 of 64 (NVIDIA, *Matrix Multiplication Background User's Guide*). Heads stay
-            as they are: each comes with its whole dimension, a power of two in most models.
-            With wide steps a plan can remove far more than `n_parameters`: :func:`removed_parameters` says how much. A
-            warning names the FFNs that a step wider than their share leaves whole, as the heads pay for them.
+            they have; then half a multiple per FFN is the most by which `n_parameters` is missed. Matrix kernels work
+            in tiles: in half precision tensor cores are most efficient on widths that are multiples of 8, on an A100
+            of 64 (NVIDIA, *Matrix Multiplication Background User's Guide*). Heads stay as they are: each comes with
+            its whole dimension, a power of two in most models.
+
+    A warning names the modules whose nearest number is all they have.
 
     Raises:
-        ValueError: the modules together do not have that many without losing their last units; or a multiple below 1.
+        ValueError: the modules cannot lose that many parameters, saying the most that can go; or a multiple below 1.
     """
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"uniform_plan: expected a multiple of at least 1 channel, found {multiple!r}")
+    total = sum(map(module_parameters, modules)) or 1
+    attention, ffns = ([m for m in modules if (m.kind == "attention") == heads] for heads in (True, False))
 
-    def plan_of(ratio: float) -> dict[str, int]:
-        return {m.name: _n_kept(m.n_units, ratio, m.n_sets if m.kind == "attention" else multiple) for m in modules}
+    def plan_of(wanted: int) -> dict[str, int]:
+        shares = {m.name: wanted / total * module_parameters(m) / unit_parameters(m) for m in attention}
+        plan = {m.name: _n_kept(m.n_units, shares[m.name], m.n_sets) for m in attention}
+        rest = max(0, wanted - removed_parameters(attention, plan))
+        removable = sum(m.n_units * unit_parameters(m) for m in ffns)
+        kept = {m.name: _n_kept(m.n_units, rest / removable * m.n_units, multiple) for m in ffns}
+        return {m.name: (plan | kept)[m.name] for m in modules}
 
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if removed_parameters(modules, plan_of(middle)) < n_parameters else (low, middle)
-    plan = plan_of(high)
-    _check_enough(modules, plan, n_parameters)
-    _warn_of_whole_ffns(modules, plan, high, multiple)
+    steps = [(min(multiple, m.n_units), m) for m in ffns] or [(m.n_sets, m) for m in attention]
+    rounding = sum(step * unit_parameters(m) for step, m in steps) / 2
+    most = n_parameters
+    while (found := removed_parameters(modules, plan_of(most))) < most - rounding:
+        most = found  # of which heads may take less, so that the FFNs have to take more
+    if most < n_parameters:
+        raise ValueError(
+            f"expected to remove at most {int(1000 * most / total) / 10}% of the modules' parameters ({most:,}), found "
+            f"{n_parameters / total:.1%} ({n_parameters:,}): an FFN keeps {multiple} of its channels, attention "
+            + ("one head of every KV head" if any(m.n_sets > 1 for m in modules) else "one of its heads")
+            + ('; unit="kv" allows more' if any(map(_kv_heads_free_more, modules)) else "")
+        )
+    plan = plan_of(n_parameters)
+    if n_parameters > 0:
+        share = f"{100 * n_parameters / total:.3g}%"
+        warn_of_whole(modules, plan, f"the number of units nearest to {share} of their parameters is none")
     return plan
 
 
-def _warn_of_whole_ffns(modules: Sequence[Depth2Module], plan: Plan, ratio: float, multiple: int) -> None:
-    whole = [m for m in modules if plan[m.name] == m.n_units > _n_kept(m.n_units, ratio, 1) and m.kind != "attention"]
-    if whole and any(plan[m.name] < m.n_units for m in modules):
+def _n_kept(n_units: int, n_gone: float, multiple: int) -> int:
+    """All units, or the multiple of so many that is nearest to what `n_gone` leave (never none). A tie: more stay."""
+    left = n_units - n_gone
+    below = int(left // multiple) * multiple
+    candidates = {n_units, *(min(max(n, multiple), n_units) for n in (below, below + multiple))}
+    return min(candidates, key=lambda kept: (round(abs(kept - left), 6), -kept))  # rounded: ties are meant as such
+
+
+def _kv_heads_free_more(module: Depth2Module) -> bool:
+    """Whether one KV head with all its query heads is less than one query head of each and all keys and values."""
+    heads = module.n_units * unit_parameters(module)
+    bias = module.level2.linear.bias
+    shared = module_parameters(module) - heads - (0 if bias is None else len(bias))
+    return (shared + heads) / module.n_sets < shared + module.n_sets * unit_parameters(module)
+
+
+def warn_of_whole(modules: Sequence[Depth2Module], plan: Plan, reason: str) -> None:
+    """Name the modules that a rule for all of them alike leaves whole."""
+    if whole := [module for module in modules if plan[module.name] == module.n_units]:
+        first, more = whole[0], len(whole) - 1
         warnings.warn(
-            f"uniform_plan: multiples of {multiple} channels leave {whole[0].name} whole, with {whole[0].n_units}"
-            f"{f', and {len(whole) - 1} more' if len(whole) > 1 else ''}: the other modules lose {ratio:.0%} of their "
-            "units instead; use a smaller multiple",
+            f"{reason}: {first.name}, with {first.n_units} {first.unit}s,"
+            + (f" and {more} more lose" if more else " loses")
+            + " nothing",
             stacklevel=3,
         )
-
-
-def _n_kept(n_units: int, ratio: float, multiple: int) -> int:
-    """What the ratio leaves, moved to the nearest of: all units, or a multiple of them (never none)."""
-    kept = n_units - round(ratio * n_units)
-    below = kept // multiple * multiple
-    above = min(below + multiple, n_units)
-    kept = below if kept - below < above - kept else above
-    return max(kept, min(multiple, n_units))
 
 
 def adaptive_plan(

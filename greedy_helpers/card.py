@@ -61,6 +61,7 @@ def model_card(
     rows = {"architecture": type(dense).__name__}
     if report is not None:
         rows["asked for"] = report.asked
+        rows["removed from these modules"] = f"{report.removed['modules']:.2%} of their parameters"
     rows |= _removed(model, dense)
     if report is not None:
         damping = "" if report.remedy in ("none", "bias") else f" (damping {report.damp:g})"
@@ -89,7 +90,7 @@ def _removed(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, str]:
     """Rows with the parameters and units that were removed, counted in the model itself."""
     before, after = count_parameters(dense), count_parameters(model)
     rows = {
-        name: f"{after[key]:,} of {before[key]:,} left ({1 - after[key] / before[key]:.1%} removed)"
+        name: f"{after[key]:,} of {before[key]:,} left ({1 - after[key] / before[key]:.2%} removed)"
         for key, name in {"blocks": "parameters of the blocks", "total": "parameters of the model"}.items()
     }
     left, whole = _units(model), _units(dense)

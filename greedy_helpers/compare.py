@@ -108,7 +108,8 @@ def sweep(
         calibration = subject.calibration(row["seed"])
         model, recipe = copy.deepcopy(subject.dense), recipe_of(row, settings.damp)
         report = prune(model, calibration, row["ratio"], recipe, progress=False)
-        left = {f"{key} left": round(after / before, 5) for key, (before, after) in report.parameters.items()}
+        sizes = {key: report.parameters[key] for key in ("total", "blocks")}
+        left = {f"{key} left": round(after / before, 5) for key, (before, after) in sizes.items()}
         found["rows"].append(row | subject.judge(model) | left | {"seconds": round(report.seconds, 2)})
         _write(out, found)
     if not todo:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .allocation import Plan, check_plan, check_ratio, keep_best, n_removed
+from .allocation import Plan, check_plan, check_ratio, keep_best, module_parameters, removed_parameters
 from .criteria import Criterion, Seen, second_moment
 from .families import Kind
 from .large.distributed import all_sums, check_same, is_first
@@ -132,15 +132,18 @@ def prune(
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> PruneReport:
-    """Remove a share of the units of every depth-2 module, in place, without training (Algorithms 1, 3 and 4).
+    """Remove a share of the parameters of all depth-2 modules, in place, without training (Algorithms 1, 3 and 4).
 
     Modules are visited in execution order, so each one is scored and refitted on the inputs that the already pruned
     prefix gives it.
 
     Args:
         calibration: long [n, seq], packed and never padded.
-        ratio: share of units to remove, in [0, 1). The recipe's allocation says what that means for a module; with the
-            default each loses floor(ratio * units).
+        ratio: share to remove, in [0, 1): of the parameters of the modules to be pruned, which are the weights and
+            biases of their linears, keys and values that query heads share included; norms, about a thousandth of a
+            block, do not count. By the default, `"uniform"`, every attention module loses the nearest number of heads
+            and the FFNs the rest, so that the ratio is met to within one channel per FFN
+            (:func:`~greedy_helpers.allocation.uniform_plan`). Other allocations: :class:`~greedy_helpers.Recipe`.
         recipe: which units go and how the rest is repaired: :data:`~greedy_helpers.recipes.RECOMMENDED`, `PAPER`,
             `FLAP`, `OSSCAR`, or a :class:`~greedy_helpers.recipes.Recipe` of your own.
         plan: in the place of a ratio: module name -> units to keep, as the functions in `allocation.py` make it.
@@ -176,9 +179,10 @@ def prune(
         same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
         score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, score)
-        _warn_of_whole_modules(modules, plan, ratio)
     plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
     job = Job(criterion, remedy, recipe.damp, plan, unit, precision)
+    of_modules = sum(map(module_parameters, modules))
+    parameters = {"modules": [of_modules, of_modules - removed_parameters(modules, plan)]}
     total, last = len(modules), max((module.block for module in modules), default=-1)
 
     step = with_smaller_batches(prune_block)
@@ -196,7 +200,7 @@ def prune(
             steps += new_steps
             stream_errors.append(stream_error)
             bar.update(len(new_steps))
-        parameters = {part: [before[part], after] for part, after in count_parameters(model).items()}
+        parameters |= {part: [before[part], after] for part, after in count_parameters(model).items()}
         took = {"tokens": calibration.numel(), "seconds": time.perf_counter() - started}
         return PruneReport(ratio, **names, **took, parameters=parameters, stream_errors=stream_errors, steps=steps)
 
@@ -297,18 +301,6 @@ def _settings(ratio: float | None, recipe: Recipe, job: Job, modules: list[Depth
     chosen = {"blocks": sorted({m.block for m in modules}), "kinds": sorted({m.kind for m in modules})}
     chosen["unit"] = job.unit if isinstance(job.unit, str) else dict(job.unit)
     return {**asked, **chosen, **recipe.names, "precision": str(job.precision)}
-
-
-def _warn_of_whole_modules(modules: list[Depth2Module], plan: Plan, ratio: float) -> None:
-    whole = [m for m in modules if plan[m.name] == m.n_units and n_removed(m.n_units, ratio) == 0]
-    if ratio > 0 and whole:
-        units = sorted({module.n_units for module in whole})
-        warnings.warn(
-            f"prune: {ratio:.0%} of {' or '.join(map(str, units))} units is less than one: {whole[0].name}"
-            + (f" and {len(whole) - 1} more lose" if len(whole) > 1 else " loses")
-            + " nothing; the report says what was removed",
-            stacklevel=3,
-        )
 
 
 def _check_additive(index: int, before: list[Tensor], after: list[Tensor], records: list[DenseRecord]) -> None:

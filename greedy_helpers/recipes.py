@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .allocation import Plan, adaptive_plan, cost_plan, n_removed, unit_parameters
+from .allocation import Plan, adaptive_plan, asked_parameters, cost_plan, n_removed, uniform_plan, warn_of_whole
 from .criteria import (
     Criterion,
     by_kind,
@@ -62,32 +62,41 @@ Allocation = Callable[[Sequence[Depth2Module], float, Criterion, Scorer], tuple[
 def uniform(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _scores: Scorer
 ) -> tuple[Plan, Criterion]:
-    """The same share of units everywhere: floor(ratio * units) of every module go (the paper)."""
-    return {module.name: module.n_units - n_removed(module.n_units, ratio) for module in modules}, criterion
+    """The same share of parameters everywhere, to the nearest unit: `ratio` of the modules' parameters go."""
+    return uniform_plan(modules, asked_parameters(modules, ratio)), criterion
 
 
-def _uniform_parameters(modules: Sequence[Depth2Module], ratio: float) -> int:
-    return sum(n_removed(module.n_units, ratio) * unit_parameters(module) for module in modules)
+def by_floor(
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _scores: Scorer
+) -> tuple[Plan, Criterion]:
+    """The same share of units everywhere, rounded down: floor(ratio * units) of every module go (the paper).
+
+    Of query heads that share KV heads, floor(ratio * query heads per KV head) of each.
+    """
+    plan = {m.name: m.n_units - m.n_sets * n_removed(m.n_units // m.n_sets, ratio) for m in modules}
+    if ratio > 0:
+        warn_of_whole(modules, plan, f"{100 * ratio:.3g}% of their units is less than one")
+    return plan, criterion
 
 
 def adaptive(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, scores: Scorer
 ) -> tuple[Plan, Criterion]:
-    """FLAP's AL-AM: one ranking of standardised scores of the dense model; as many parameters as `uniform`."""
+    """FLAP's AL-AM: one ranking of standardised scores of the dense model, until `ratio` of the parameters are gone."""
     dense = scores(criterion)
-    plan = adaptive_plan(modules, dense, _uniform_parameters(modules, ratio))
+    plan = adaptive_plan(modules, dense, asked_parameters(modules, ratio))
     return plan, partial(fixed_scores, scores=dense)
 
 
 def by_cost(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, scores: Scorer
 ) -> tuple[Plan, Criterion]:
-    """Exact greedy's costs per parameter, over the whole dense model; as many parameters as `uniform`."""
+    """Exact greedy's costs per parameter, over the whole dense model, until `ratio` of the parameters are gone."""
     dense = scores(partial(exact_greedy, whole_path=True))
-    return cost_plan(modules, dense, _uniform_parameters(modules, ratio)), criterion
+    return cost_plan(modules, dense, asked_parameters(modules, ratio)), criterion
 
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "adaptive": adaptive, "cost": by_cost}
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "floor": by_floor, "adaptive": adaptive, "cost": by_cost}
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,9 @@ class Recipe:
             `functools.partial`; or a name in :data:`CRITERIA` or :data:`PREPARED`.
         remedy: a :class:`~greedy_helpers.remedies.Remedy`, or a name in :data:`~greedy_helpers.remedies.REMEDIES`.
         damp: ridge damping of every refit, and of criteria that solve, as a share of the mean diagonal of X'X.
-        allocation: a name in :data:`ALLOCATIONS`.
+        allocation: what a ratio means: `"uniform"`, that share of the parameters, the same of every module up to whole
+            units (:func:`~greedy_helpers.allocation.uniform_plan`); `"floor"`, that share of every module's units,
+            rounded down; `"adaptive"` and `"cost"`, that share of all modules' parameters, where they score lowest.
 
     Raises:
         ValueError: a name that is not in its table, or damp < 0.
@@ -137,7 +148,8 @@ class Recipe:
     def __str__(self) -> str:
         names = self.names
         remedy = "" if names["remedy"] == "none" else f" + {names['remedy']}"
-        return names["criterion"] + ("" if self.allocation == "uniform" else f", {self.allocation}") + remedy
+        spread = "" if self.allocation in ("uniform", "floor") else f", {self.allocation}"  # both: equal shares
+        return names["criterion"] + spread + remedy
 
     def resolved(self, model: PreTrainedModel, calibration: Tensor, unit: Units = "query") -> tuple[Criterion, Remedy]:
         """The functions that the names stand for. Some criteria look at the dense model now."""
@@ -185,7 +197,7 @@ def _short(value: object) -> str:
 # The default everywhere: ahead of PAPER and FLAP wherever we measured, level with OSSCAR (notebook 09).
 RECOMMENDED = Recipe()
 # Li, Dong, Lei (arXiv 2407.19126): the second moment, level 1 and level 2 refitted before the cut.
-PAPER = Recipe("second moment", "pre")
+PAPER = Recipe("second moment", "pre", allocation="floor")
 # An et al. (arXiv 2312.11983) as published: fluctuation, one ranking over the model, means into biases.
 FLAP = Recipe("FLAP WIFV", "bias", allocation="adaptive")
 # Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization":

@@ -53,10 +53,11 @@ class PruneReport:
     """What :func:`~greedy_helpers.pruning.prune` did: its settings and one step per module, in order.
 
     Attributes:
-        ratio: the share of units asked for, None if a plan said it.
+        ratio: the share asked for, None if a plan said it; `asked` says of what.
         criterion, remedy, allocation, damp: the recipe, in words.
         tokens: of the calibration text.
-        parameters: `"blocks"` and `"total"` -> [before, after]: the same cut is a smaller share of the whole model.
+        parameters: [before, after] of `"modules"`, the linears of those that were to be pruned, which a ratio is about;
+            of `"blocks"`, all of them with their norms; and in `"total"`: the same cut is a smaller share each time.
         seconds: of the whole run, passes over the dense model included.
         stream_errors: relative squared error of the residual stream behind every block that was visited, against the
             dense model's: what all modules up to there have broken together, whatever their targets.
@@ -75,8 +76,8 @@ class PruneReport:
 
     @property
     def removed(self) -> dict[str, float]:
-        """`"blocks"` and `"total"` -> the share of their parameters that went."""
-        return {part: 1 - after / before for part, (before, after) in self.parameters.items()}
+        """`"modules"`, `"blocks"` and `"total"` -> the share of their parameters that went."""
+        return {part: 1 - after / before if before else 0.0 for part, (before, after) in self.parameters.items()}
 
     @property
     def asked(self) -> str:
@@ -85,10 +86,13 @@ class PruneReport:
         where = f"{len(self.steps)} modules in blocks {blocks[0]} to {blocks[-1]}" if blocks else "no module"
         if self.ratio is None:
             return f"sizes by a plan for {where}"
-        spread = (
-            "" if self.allocation == "uniform" else f", as a budget of parameters spread by {self.allocation} scores"
-        )
-        return f"{self.ratio:.4g} of the units of each of {where}{spread}"
+        share = f"{100 * self.ratio:.4g}%"
+        if self.allocation == "floor":
+            return f"{share} of the units of each of {where}, rounded down"
+        spread = "" if self.allocation == "uniform" else f", spread by {self.allocation} scores"
+        if self.allocation == "uniform" and self.steps and all(step.kind == "attention" for step in self.steps):
+            spread = ", to the nearest whole heads, as no FFN takes the rest"
+        return f"{share} of the parameters of {where}{spread}"
 
     def __str__(self) -> str:
         units: dict[str, list[int]] = {}
@@ -99,11 +103,12 @@ class PruneReport:
         left = " and ".join(
             f"{after:,} of {before:,} {names.get(unit, unit + 's')}" for unit, (before, after) in units.items()
         )
+        before, after = self.parameters["total"]
         return (
             f"{self.criterion}, {self.allocation}, remedy {self.remedy}, {self.tokens:,} calibration tokens; asked: "
-            f"{self.asked}; removed: {self.removed['blocks']:.1%} of the blocks' parameters, "
-            f"{self.removed['total']:.1%} of the model's ({self.parameters['total'][0]:,} -> "
-            f"{self.parameters['total'][1]:,}); left in the modules that were pruned: {left or 'nothing to cut'}"
+            f"{self.asked}; removed: {self.removed['modules']:.2%} of their parameters, "
+            f"{self.removed['blocks']:.2%} of the blocks' parameters, {self.removed['total']:.2%} of the model's "
+            f"({before:,} -> {after:,}); left in the modules that were pruned: {left or 'nothing to cut'}"
         )
 
     def to_frame(self) -> pd.DataFrame:

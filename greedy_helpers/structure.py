@@ -263,7 +263,7 @@ def _padding(model: PreTrainedModel, tokens: Tensor) -> float:
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Parameters of the whole model (tied ones once) and of its blocks alone.
 
-    A ratio is of the blocks' units, so "25% pruned" is less than 25% of the model: quote both.
+    A ratio is of the modules to be pruned, so "25% pruned" is less than 25% of the model: quote both.
     """
     parts = {"total": model, "blocks": blocks_of(model)}
     return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}

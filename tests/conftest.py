@@ -36,9 +36,19 @@ def calibration(n=12, seq=24, seed=5):
     return torch.randint(0, VOCABULARY, (n, seq), generator=torch.Generator().manual_seed(seed))
 
 
-def quiet(model, calibration, ratio=None, *, criterion=second_moment, remedy="none", damp=1e-2, **options):
+def quiet(
+    model,
+    calibration,
+    ratio=None,
+    *,
+    criterion=second_moment,
+    remedy="none",
+    damp=1e-2,
+    allocation="uniform",
+    **options,
+):
     """`prune` without a progress bar; the parts of a plain recipe by name."""
-    return prune(model, calibration, ratio, Recipe(criterion, remedy, damp), progress=False, **options)
+    return prune(model, calibration, ratio, Recipe(criterion, remedy, damp, allocation), progress=False, **options)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from greedy_helpers import (
     Recipe,
     calibration_tokens,
     compare,
-    count_parameters,
     depth2_modules,
     evaluation_tokens,
     load_model,
@@ -21,23 +20,29 @@ from greedy_helpers import (
     prune,
     random_scores,
 )
-from greedy_helpers.allocation import unit_parameters
+from greedy_helpers.allocation import asked_parameters, removed_parameters, unit_parameters
 from greedy_helpers.compare import Settings, frame, recipe_of, sweep
 from greedy_helpers.recipes import ALLOCATIONS
 
 SMALL = Settings(calibration=4, evaluation=2, seq=48)
 
 
-def test_allocations_remove_as_much_as_uniform():
-    """At least as many parameters, and at most one unit more: the last one taken."""
-    left = {}
+def test_what_a_ratio_is_by_each_allocation():
+    """Of the parameters: to half a channel per FFN, or at most one unit more; of the units: 1 of 4 heads, 24 of 80."""
+    modules = depth2_modules(tiny_model("llama"))
+    asked, removed = asked_parameters(modules, 0.3), {}
+    head, channel = (unit_parameters(module) for module in modules[:2])
     for allocation in ALLOCATIONS:
-        model = tiny_model("llama")
-        prune(model, calibration(16), 0.5, Recipe("output energy", "none", allocation=allocation), progress=False)
-        left[allocation] = count_parameters(model)["blocks"]
-    dearest = max(unit_parameters(module) for module in depth2_modules(tiny_model("llama")))
+        recipe = Recipe("output energy", "none", allocation=allocation)
+        report = prune(tiny_model("llama"), calibration(16), 0.3, recipe, progress=False)
+        before, after = report.parameters["modules"]
+        removed[allocation] = before - after
+        assert after == before - removed_parameters(modules, {step.name: step.units_after for step in report.steps})
+    assert abs(removed["uniform"] - asked) <= channel
+    assert removed["floor"] == 2 * (head + 24 * channel)
+    assert removed["floor"] < asked
     for allocation in ("adaptive", "cost"):
-        assert 0 <= left["uniform"] - left[allocation] < dearest
+        assert asked <= removed[allocation] < asked + head
 
 
 @pytest.mark.parametrize("recipe", [RECOMMENDED, PAPER, Recipe("L2", "post, local", 0.1, "adaptive")])
@@ -84,6 +89,7 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch
     table = frame(found)
     assert table["method"].tolist() == ["L2", "random", "output energy + post"]
     assert (table["code excess"] > 0).all()
+    assert {name for name in table if name.endswith(" left")} == {"total left", "blocks left"}
     with pytest.raises(ValueError, match=r"holds results of .* name another file"):
         sweep(out, ["llama-mini"], recipes, [0.25], settings=Settings(calibration=5), progress=False)
 
