@@ -253,7 +253,7 @@ CALLS = {
         (lambda t: BatchEncoding({"input_ids": t}), "its \\['input_ids'\\] as a tensor"),
         (lambda t: {"input_ids": t}, "its \\['input_ids'\\] as a tensor"),
         (lambda t: t.tolist(), "torch.tensor\\(...\\) of it"),
-        (lambda t: list(t), "torch.tensor\\(...\\) of it"),
+        (lambda t: list(t), "torch.stack\\(...\\) of it"),
         (lambda t: t.numpy(), "torch.tensor\\(...\\) of it"),
         (lambda t: None, "torch.tensor\\(...\\) of it"),
     ],

@@ -63,10 +63,17 @@ def load_lazily(
     model.tie_weights(missing_keys=missing)  # what the files hold twice, with other values, stays two
     lost = {name for name, _, _, value in entries(model) if value.is_meta and name not in on_disk}
     check_keys(model, place, lost, files.keys() - read)
-    model.weights_on_disk = on_disk
+    model.weights_on_disk, model.save_pretrained = on_disk, _refuse_to_save
     if model.can_generate() and (Path(place) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
     return model
+
+
+def _refuse_to_save(*_args: object, **_options: object) -> None:
+    raise ValueError(
+        "save_pretrained: expected a model in memory, found one with its blocks on the disk; use "
+        "greedy_helpers.save_pruned(model, folder, tokenizer)"
+    )
 
 
 def _keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
