@@ -317,6 +317,7 @@ def save_pruned(
         ValueError: the model holds weights that its class would not load again, or lacks some that it would need.
         TypeError, UnsupportedModule: a wrapped, adapted or quantized model.
     """
+    model = getattr(model, "_orig_mod", model)  # inside what torch.compile returned
     cut = _cut_of(model)
 
     def write(partial: Path) -> None:
@@ -389,12 +390,12 @@ def _cut_of(model: PreTrainedModel) -> dict[str, Any]:
     if getattr(transformers, name, None) is not dense_class(model):
         raise ValueError(f"save_pruned: expected a class of transformers, found {name}: it could not be loaded again")
     units, dense = _units_of(model, whole), _units_of(whole, whole)
-    theirs, linears = whole.state_dict().keys(), linears_of(whole)
+    ours, theirs, linears = model.state_dict().keys(), whole.state_dict().keys(), linears_of(whole)
     cut = {
         "architectures": [name],
         "pruned_units": {module: left for module, left in units.items() if left != dense[module]},
         # FLAP's remedy leaves biases in layers that had none; anybody may add one.
-        "added_biases": [p for p in linears if f"{p}.bias" not in theirs and linears_of(model)[p].bias is not None],
+        "added_biases": [p for p in linears if f"{p}.bias" in ours - theirs],
     }
     head, tied = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", None)
     if head is not None and tied != (head.weight is model.get_input_embeddings().weight):

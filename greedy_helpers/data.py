@@ -210,11 +210,17 @@ def default_sources(model_name: str) -> dict[str, str]:
 def _local_documents(path: Path, split: Split, column: str) -> Dataset:
     dataset = read_rows(path)
     rows = _with_text(dataset, "text" if FORMATS[path.suffix.lower()] == "text" else column, str(path))["text"]
+    kind = type(_first_text(rows))
+    if (odd := next((row for row in rows if row and not isinstance(row, kind)), None)) is not None:
+        raise ValueError(f"documents: expected rows of one kind in {path}, found {str(odd)[:80]!r} among them")
     # what a conversation is rendered to depends on the tokenizer, its side of the split must not
     names = (row if isinstance(row, str) else json.dumps(row, sort_keys=True) for row in rows)
     texts = [row for row, name in zip(rows, names, strict=True) if row and is_held_out(name) == (split == "test")]
     if not texts:
-        raise ValueError(f"documents: {path} has {len(dataset)} paragraphs or rows, none of them in split {split!r}")
+        raise ValueError(
+            f"documents: {path} has {len(dataset)} paragraphs (with blank lines between them) or rows, none of them in "
+            f"split {split!r}; one in {_HELD_OUT_ONE_IN} is for 'test'"
+        )
     return Dataset.from_dict({"text": texts})
 
 

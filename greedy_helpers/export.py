@@ -38,6 +38,7 @@ def export_plain(
         UnsupportedModule: the family's config has no words for the cut (heads of GPT-2, whose head size is derived).
         FileExistsError, OSError: as in :func:`save_pruned`.
     """
+    model = getattr(model, "_orig_mod", model)  # inside what torch.compile returned
     if is_lazy(model):
         raise ValueError(
             "export_plain: expected a model in memory, found one with its blocks on the disk; save_pruned it"

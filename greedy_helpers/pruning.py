@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .allocation import Plan, check_plan, check_ratio, keep_best, module_parameters, removed_parameters
 from .criteria import Criterion, Seen, second_moment
+from .doors import check_own_weights
 from .families import Kind
 from .large.distributed import all_sums, check_same, is_first
 from .large.lazy import check_weights, is_lazy
@@ -275,6 +276,7 @@ def _check_arguments(
     check_tokens(model, calibration, packed=True)
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
     modules = depth2_modules(model, chosen, kinds, unit=unit)  # refuses what does not exist
+    check_own_weights({group.path: group.linear for module in modules for group in module.groups})
     if ratio is not None:
         check_ratio(ratio)
     else:

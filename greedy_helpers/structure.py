@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .doors import UnknownFamily, UnsupportedModule, check_model
+from .doors import UnknownFamily, UnsupportedModule, check_is_model, check_model
 from .families import CROSS, FAMILIES, REFUSED, Family, Kind, ModuleLayout
 from .layouts import channel_index
 
@@ -175,13 +175,15 @@ def _text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedConfig] | None:
 
 def blocks_path(model: PreTrainedModel, family: Family | None = None) -> str:
     """Where the model's list of blocks is, e.g. `"model.layers"`, or `"layers"` for a model without a head."""
+    family = family or family_of(model)
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
-    return ".".join(filter(None, [prefix, (family or family_of(model)).blocks]))
+    return ".".join(filter(None, [prefix, family.blocks]))
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The model's transformer blocks, in execution order."""
-    return model.get_submodule(blocks_path(model))
+    path = blocks_path(model)  # refuses what is no model
+    return model.get_submodule(path)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -216,12 +218,15 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor, *, packed: bool = False
         packed: refuse padding, too: text that nobody writes would be measured.
 
     Raises:
-        TypeError: not an integer tensor.
+        TypeError: no transformers model, or no integer tensor.
         ValueError: not of shape [n, seq] with seq >= 2, empty, longer than the model's context, ids outside the
             vocabulary, or more than 5% padding.
     """
+    check_is_model(model)
     if not isinstance(tokens, Tensor):
+        rows = isinstance(tokens, list | tuple) and len(tokens) > 0 and isinstance(tokens[0], Tensor)
         way_out = "its ['input_ids'] as a tensor" if isinstance(tokens, Mapping) else "torch.tensor(...) of it"
+        way_out = "torch.stack(...) of it" if rows else way_out
         raise TypeError(
             f"expected token ids as a long tensor [n, seq], found {type(tokens).__name__}; pass {way_out}, windows of "
             "equal length without padding, as calibration_tokens makes them"

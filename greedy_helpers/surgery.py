@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .doors import check_own_weights
 from .families import UNIT_AXES
 from .layouts import channel_index, product
 from .structure import Depth2Module, set_weight, weight_of
@@ -53,6 +54,7 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
 
     Raises:
         TypeError, IndexError, ValueError: see :func:`check_units`.
+        UnsupportedModule: a weight that torch computes from other parameters.
         Whatever is raised (out of memory, too), the module is left as it was.
     """
     keep = check_units(module, keep, least=1, most=module.n_units)
@@ -62,6 +64,7 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
             f"{module.name}: expected to keep the same number of query heads of every KV head, found {left}; with "
             "unit='kv' KV heads go with all their query heads"
         )
+    check_own_weights({group.path: group.linear for group in module.groups})
     planned = []
     for group in module.groups:  # plan everything before changing anything
         weight, bias = weight_of(group.linear), group.linear.bias

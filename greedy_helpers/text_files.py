@@ -30,12 +30,14 @@ def read_rows(path: Path) -> Dataset:
         raise ValueError(f"documents: expected a file that ends in {', '.join(FORMATS)}, found {path}")
     options = {"split": "train"} | ({"sample_by": "paragraph"} if builder == "text" else {})
     encoding = "utf-8" if builder == "parquet" else _encoding_of(path)
+    pattern = any(mark in str(path) for mark in ("*", "?", "[", "::"))  # to `datasets`: other files than this one
     try:
-        if encoding == "utf-8":
+        if encoding == "utf-8" and not pattern:
             return load_dataset(builder, data_files=str(path), **options)
         with TemporaryDirectory() as folder:  # not all builders of `datasets` take other encodings
             copy = Path(folder) / f"copy{path.suffix}"
-            copy.write_text(path.read_text(encoding), "utf-8")
+            text = path.read_bytes() if builder == "parquet" else path.read_text(encoding).encode("utf-8")
+            copy.write_bytes(text)
             return load_dataset(builder, data_files=str(copy), cache_dir=folder, keep_in_memory=True, **options)
     except Exception as error:  # datasets raises a different class for each way of being damaged
         reason = str(error.__cause__ or error).partition("\n")[0]
