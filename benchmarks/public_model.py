@@ -1,11 +1,12 @@
 """A public model before it is pruned: perplexity and zero-shot accuracy on the data of the pruning literature.
 
     python benchmarks/public_model.py --model FOLDER --data FOLDER --weights FILE.gguf
-    python benchmarks/public_model.py --model FOLDER --data FOLDER --part wikitext2 c4 boolq --limit boolq=1500
+    python benchmarks/public_model.py --model FOLDER --data FOLDER --part "c4 512" boolq --limit 500
 
-Adds the rows that are missing to data/results/smollm2_dense.json, one by one: run it again to go on. Files are recorded
-by their sha256. `--data` is a folder with the data sets' published files: wikitext2/wiki.test.raw, c4/*.jsonl (one
-file, at least the first 1,000 documents of the first training shard) and those of greedy_helpers/task_files.py.
+Adds the rows that are missing to data/results/smollm2_dense.json, one by one: run it again to go on, without --limit to
+replace the rows of tasks that had one. Files are recorded by their sha256. `--data` is a folder with the data sets'
+published files: wikitext2/wiki.test.raw, c4/*.jsonl (one file, at least the first 1,000 documents of the first training
+shard) and those of greedy_helpers/task_files.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,17 +29,18 @@ from greedy_helpers.task_files import hub_rows, task_files
 from greedy_helpers.tasks import zero_shot
 
 OUT = RESULTS / "smollm2_dense.json"
-TEXTS = {  # part -> its name, the file below --data, the rows of it, windows of how many tokens
-    "wikitext2": ("WikiText-2 test", "wikitext2/wiki.test.raw", "", (512, 2048)),
-    "c4": ("C4 (200 documents of the first shard)", "c4/*.jsonl", "[800:1000]", (512,)),
+TEXTS = {  # part -> the file below --data, the rows of it, tokens per window
+    "wikitext2 512": ("wikitext2/wiki.test.raw", "", 512),
+    "wikitext2 2048": ("wikitext2/wiki.test.raw", "", 2048),
+    "c4 512": ("c4/*.jsonl", "[800:1000]", 512),
 }
 TASKS = ("arc_easy", "piqa", "openbookqa", "winogrande", "arc_challenge", "boolq", "hellaswag")
 CONVENTIONS = {
-    "WikiText-2 test": "the rows of wikitext-2-raw-v1 joined with blank lines, as GPTQ and its successors read them; "
-    "one end-of-text token (<|endoftext|>, not in GPTQ's code) before the text; all non-overlapping windows from "
-    "there, what is left after the last full one dropped; each window starts with an empty context and its first token is "
-    "not predicted; exp of the mean over the windows * (seq - 1) targets",
-    "C4 (200 documents of the first shard)": "documents 800 to 999 of en/c4-train.00000-of-01024, each behind one "
+    "wikitext2": "WikiText-2 test: the rows of wikitext-2-raw-v1 joined with blank lines, as GPTQ and its successors "
+    "read them; one end-of-text token (<|endoftext|>, not in GPTQ's code) before the text; all non-overlapping windows "
+    "from there, what is left after the last full one dropped; each window starts with an empty context, its first "
+    "token is not predicted; exp of the mean over the windows * (seq - 1) targets",
+    "c4": "C4 (200 documents of the first shard): documents 800 to 999 of en/c4-train.00000-of-01024, each behind one "
     "end-of-text token, laid end to end; windows and mean as above. Training text of C4, not its validation split",
     "tasks": "zero-shot, lm_eval's own definitions (prompts, choices, metrics) on the published files; acc by the sum "
     "of log-likelihoods, acc_norm by that sum per byte of the choice; no chat template; standard errors over items. "
@@ -77,16 +79,11 @@ def tensors_sha256(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def text_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, part: str, done: set[str]
-) -> Iterator[dict]:
-    name, pattern, rows, lengths = TEXTS[part]
+def text_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, part: str) -> dict:
+    pattern, rows, seq = TEXTS[part]
     (path,) = folder.glob(pattern)
-    for seq in lengths:
-        if f"{part} {seq}" in done:
-            continue
-        score = evaluate_text(model, read_text(tokenizer, f"{path}{rows}"), seq, batch_size=max(1, 1024 // seq))
-        yield {"part": f"{part} {seq}", "data": name, "sha256": {path.name: sha256(path)}, **score.to_dict()}
+    score = evaluate_text(model, read_text(tokenizer, f"{path}{rows}"), seq, batch_size=max(1, 1024 // seq))
+    return {"sha256": {path.name: sha256(path)}, **score.to_dict()}
 
 
 def task_row(
@@ -94,23 +91,19 @@ def task_row(
 ) -> dict:
     numbers = zero_shot(model, tokenizer, [task], data=folder, limit=limit, batch_size=8).loc[task]
     return {
-        "part": task,
         "sha256": {path.name: sha256(path) for path in task_files(folder, task)},
+        "items in the file": len(hub_rows(folder, task)),
         **{key: None if value != value else value for key, value in numbers.items()},
         "items": int(numbers["items"]),
-        "items in the file": len(hub_rows(folder, task)),
     }
 
 
-def measured(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, done: set[str]
-) -> Iterator[dict]:
-    limits = {name: int(items) for name, items in (limit.split("=") for limit in args.limit)}
-    for part in args.part:
-        if part in TEXTS:
-            yield from text_rows(model, tokenizer, args.data, part, done)
-        elif part not in done:
-            yield task_row(model, tokenizer, args.data, part, limits.get(part))
+def is_missing(part: str, rows: list[dict], folder: Path, limit: int | None) -> bool:
+    """No row of that part, or one of a task with fewer items than are asked for now."""
+    row = next((row for row in rows if row["part"] == part), None)
+    if row is None or part in TEXTS:
+        return row is None
+    return row["items"] < min(len(hub_rows(folder, part)), limit or sys.maxsize)
 
 
 def main() -> None:
@@ -120,7 +113,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder with the published files")
     parser.add_argument("--weights", nargs="*", default=[], type=Path, help="files the model was made from")
     parser.add_argument("--part", nargs="+", choices=parts, default=parts, help="in this order; default: all")
-    parser.add_argument("--limit", nargs="*", default=[], metavar="TASK=N", help="the first N items of a task")
+    parser.add_argument("--limit", type=int, help="the first so many items of every task; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -144,18 +137,20 @@ def main() -> None:
     found["published, full precision"] = PUBLISHED
     found["weights"] |= {path.name: sha256(path) for path in files}
     save(found, args.out)
-    started, cpu_started = time.perf_counter(), time.process_time()
-    for row in measured(model, tokenizer, args, {row["part"] for row in found["rows"]}):
-        row |= {
-            "seconds": round(time.perf_counter() - started, 1),
-            "cpu_seconds": round(time.process_time() - cpu_started, 1),
-            "load average": load_average(),
-        }
-        print(row, flush=True)
-        found = load()  # another process may measure other parts
-        found["rows"].append(row)
-        save(found, args.out)
+    for part in args.part:
+        if not is_missing(part, found["rows"], args.data, args.limit):
+            continue
         started, cpu_started = time.perf_counter(), time.process_time()
+        if part in TEXTS:
+            row = text_row(model, tokenizer, args.data, part)
+        else:
+            row = task_row(model, tokenizer, args.data, part, args.limit)
+        row = {"part": part, **row, "seconds": round(time.perf_counter() - started, 1)}
+        row |= {"cpu_seconds": round(time.process_time() - cpu_started, 1), "load average": load_average()}
+        print(row, flush=True)
+        found = load()  # another process may have measured other parts
+        found["rows"] = [other for other in found["rows"] if other["part"] != part] + [row]
+        save(found, args.out)
 
 
 if __name__ == "__main__":

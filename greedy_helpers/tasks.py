@@ -51,8 +51,8 @@ def zero_shot(
 
     Returns:
         A row per task and a last one `"mean"`, with `items`, `acc`, `acc_stderr`, `acc_norm`, `acc_norm_stderr`. Shares
-        in [0, 1]; NaN where lm_eval defines no length-normalised accuracy for a task (BoolQ, WinoGrande). The means
-        are over the tasks that have the number.
+        in [0, 1]; NaN where lm_eval defines no length-normalised accuracy for a task (BoolQ, WinoGrande), and for the
+        standard error of one item. The means are over the tasks that have the number.
 
     Raises:
         ImportError: lm_eval is not installed.
@@ -106,17 +106,25 @@ def _table(results: dict) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(
         {
             name: {"items": results["n-samples"][name]["effective"]}
-            | {column: numbers.get(f"{column},none", math.nan) for column in _COLUMNS}
+            | {column: _number(numbers.get(f"{column},none")) for column in _COLUMNS}
             for name, numbers in results["results"].items()
         },
         orient="index",
     )
     mean = {"items": table["items"].sum()}
     for column in ("acc", "acc_norm"):
-        errors = table[f"{column}_stderr"].dropna()
-        mean |= {column: table[column].mean(), f"{column}_stderr": math.hypot(*errors) / max(1, len(errors))}
+        errors = table.loc[table[column].notna(), f"{column}_stderr"]
+        mean |= {
+            column: table[column].mean(),
+            f"{column}_stderr": math.hypot(*errors) / len(errors) if len(errors) else math.nan,
+        }
     table.loc["mean"] = mean
     return table.astype({"items": int})
+
+
+def _number(value: float | str | None) -> float:
+    """lm_eval writes "N/A" for the standard error of one item."""
+    return value if isinstance(value, (int, float)) else math.nan
 
 
 def on_files(manager: TaskManager, task: str, rows: Sequence[Row], folder: Path) -> str:

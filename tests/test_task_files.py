@@ -5,6 +5,7 @@ import json
 import pytest
 
 from greedy_helpers import load_model
+from greedy_helpers.__main__ import main
 from greedy_helpers.task_files import FILES, hub_rows, task_files
 from greedy_helpers.tasks import PAPER_TASKS, on_files, zero_shot
 
@@ -157,12 +158,17 @@ def test_hellaswag_in_olmes_form(manager, monkeypatch, tmp_path):
     assert requests_of(manager, on_files(manager, "hellaswag", hub_rows(tmp_path, "hellaswag"), tmp_path)) == official
 
 
-def test_accuracies_from_a_folder(manager, monkeypatch, folder):
+def test_accuracies_from_a_folder(manager, monkeypatch, folder, capsys):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **given: manager)
     table = zero_shot(*load_model("llama-mini"), ["piqa", "arc_easy"], data=folder)
     assert list(table.index) == ["piqa", "arc_easy", "mean"]
     assert list(table["items"]) == [2, 2, 4]
     assert table.loc["piqa", "acc"] == 0.5  # the same item twice, with both answers
+
+    text = ["--windows", "1", "--seq", "16", "--sources", "prose"]
+    assert main(["--json", "evaluate", "llama-mini", *text, "--tasks", "piqa", "--data", str(folder)]) == 0
+    found = json.loads(capsys.readouterr().out)["llama-mini"]["tasks"]
+    assert found["piqa"] == table.loc["piqa"].to_dict()
 
 
 @pytest.mark.parametrize(
