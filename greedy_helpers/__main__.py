@@ -30,6 +30,7 @@ from .pruning import prune as prune_model
 from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
 from .remedies import REMEDIES
 from .structure import count_parameters
+from .task_files import hub_rows
 from .tasks import zero_shot
 
 _EXAMPLES = """\b
@@ -41,6 +42,7 @@ examples:
   python -m greedy_helpers evaluate llama-mini pruned --windows 48
   python -m greedy_helpers evaluate llama-mini pruned --windows 48 --choices 150
   python -m greedy_helpers evaluate org/model pruned --tasks boolq --tasks piqa --tasks hellaswag
+  python -m greedy_helpers evaluate org/model pruned --sources wiki.test.raw --seq 2048 --tasks piqa --data folder
   python -m greedy_helpers compare llama-mini --criteria L2 --criteria "output energy" --remedies none --out sweep.json
   python -m greedy_helpers generate pruned --prompt "import os"
 
@@ -209,12 +211,18 @@ def evaluate(
     column: _Column = "text",
     choices: Annotated[int | None, Option(min=2, help="also so many multiple-choice items per held-out text")] = None,
     tasks: Annotated[list[str] | None, Option(help="also a task of lm_eval, or a YAML file; repeatable")] = None,
+    data: Annotated[Path | None, Option(help="folder with the tasks' published files; default: the Hub")] = None,
     limit: Annotated[int | None, Option(help="items per task of lm_eval; default: all")] = None,
     device: str | None = None,
 ) -> tuple[dict, str]:
     """Perplexity, accuracy and parameters of models, dense or pruned."""
     if choices is not None and column != "text":
         raise ValueError(f"--choices are made from the column 'text' only, found --column {column}")
+    if data is not None:
+        if not tasks:
+            raise ValueError("--data is where --tasks find their files; name the tasks, e.g. --tasks piqa")
+        for task in tasks:
+            hub_rows(data, task)  # refuses what is not there
     _check_device(device)
     found, asked = {}, {name: _texts(name, sources, column) for name in models}
     for texts in asked.values():
@@ -231,7 +239,7 @@ def evaluate(
             items = choice_tasks(named, choices)
             row["choices"] = {k: multiple_choice(model, tokenizer, task).to_dict() for k, task in items.items()}
         if tasks:
-            table = zero_shot(model, tokenizer, tasks, limit=limit).astype(object)
+            table = zero_shot(model, tokenizer, tasks, data=data, limit=limit).astype(object)
             row["tasks"] = table.where(table.notna(), None).to_dict("index")  # JSON has no NaN
         found[name] = row
     return found, "\n".join(_in_words(name, row) for name, row in found.items())

@@ -120,7 +120,7 @@ def test_evaluate_adds_accuracies(monkeypatch, capsys):
     assert re.search(r"^ +chance .* items\nprose choices +0\.25 .* 2$", said, re.MULTILINE)
 
     accuracy = pd.DataFrame({"items": [9], "acc": [0.5], "acc_stderr": [0.1], "acc_norm": [math.nan]}, index=["boolq"])
-    monkeypatch.setattr("greedy_helpers.__main__.zero_shot", lambda model, tokenizer, tasks, limit: accuracy)
+    monkeypatch.setattr("greedy_helpers.__main__.zero_shot", lambda model, tokenizer, tasks, data, limit: accuracy)
     assert main(["--json", *command, "--tasks", "boolq"]) == 0
     found = json.loads(capsys.readouterr().out)["llama-mini"]["tasks"]
     assert found == {"boolq": {"items": 9, "acc": 0.5, "acc_stderr": 0.1, "acc_norm": None}}
@@ -223,6 +223,8 @@ def refused(arguments, message, capsys):
         ("numbers.csv", b"text\n1\n2\n", "expected text, or chat messages"),
         ("other.csv", b"body,title\na,b\n", r"found \['body', 'title'\]; name one with column= \(--column\)"),
         ("missing.txt", None, "expected a text file at"),
+        ("wiki.valid.raw", "Größe".encode("latin-1"), "is not utf-8"),
+        ("rows.jsonl[5:9]", None, "expected a text file at .*rows.jsonl, found"),
         ("page.html", b"<p>", "expected a file that ends in"),
     ],
 )
@@ -260,6 +262,8 @@ def test_a_folder_without_a_tokenizer_is_pruned_on_its_own_text(tmp_path):
         (["evaluate", "llama-mini", "--windows", "99999"], "1 <= windows <= "),
         (["evaluate", "llama-mini", "--stride", "0"], "stride in"),
         (["evaluate", "llama-mini", "--choices", "4", "--column", "body"], "made from the column 'text' only"),
+        (["evaluate", "llama-mini", "--data", "folder"], "name the tasks"),
+        (["evaluate", "llama-mini", "--data", "folder", "--tasks", "piqa"], "'piqa' in folder.piqa.valid.jsonl, found"),
         (["generate", "llama-mini", "--prompt", "a", "--device", "abacus"], "cannot use the device 'abacus'"),
         (["compare", "llama-mini", "--ratios", "2", "--out", "x.json"], r"expected a ratio in \[0, 1\)"),
         (["generate", "no/where", "--prompt", "a"], "'no/where' has no tokenizer that can be loaded"),
