@@ -151,7 +151,7 @@ def _check_device(*devices: str | None) -> None:
 
 @app.command()
 def prune(
-    model: Annotated[str, Argument(help="embedded name, local folder or Hub id")],
+    model: Annotated[str, Argument(help="llama-mini, gpt2-mini, smollm2-135m, a local folder or a Hub id")],
     folder: Annotated[Path, Argument(help="where to save the pruned model")],
     ratio: Annotated[float, Option(help="share of the parameters of the modules to prune; see --allocation")] = 0.25,
     recipe: Annotated[str, _Recipe] = "recommended",

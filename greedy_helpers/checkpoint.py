@@ -30,6 +30,7 @@ from .files import replace_folder, sha256_of
 from .large.lazy import is_lazy
 from .large.on_disk import cast, check_keys, load_lazily, misfit, stored_tensors, write_lazily
 from .loading import load_tokenizer_of, model_class, read_config, refuse_quantized, without_report
+from .public import PUBLIC, place_of
 from .reconstruct import add_to_bias
 from .structure import depth2_modules, linears_of, weight_of
 from .surgery import remove_units
@@ -55,7 +56,8 @@ def load_model(
     """(model, tokenizer), the model in eval mode; no tokenizer if a local folder has none.
 
     Args:
-        name_or_path: an embedded model (`"llama-mini"`, `"gpt2-mini"`), a local folder (dense or saved by
+        name_or_path: an embedded model (`"llama-mini"`, `"gpt2-mini"`), the public model that `make real` installs
+            (`"smollm2-135m"`, see :mod:`greedy_helpers.public`), a local folder (dense or saved by
             :func:`save_pruned`), or a Hugging Face Hub id (`"openai-community/gpt2"`).
         device: default: CUDA where there is one, else the CPU.
         dtype: default: float32 on the CPU, the checkpoint's own on an accelerator.
@@ -192,6 +194,9 @@ def _load(loader, place: str, config: PreTrainedConfig, device, dtype, lazy=Fals
 
 
 def _resolve(name: str) -> tuple[str, bool]:
+    if name in PUBLIC:
+        place = place_of(name)
+        return place, Path(place).is_dir()
     if name in EMBEDDED:
         found = [folder / name for folder in _EMBEDDED_FOLDERS if (folder / name).is_dir()]
         if not found:

@@ -39,6 +39,7 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .public import PUBLIC, hub_is_reachable
 from .text_files import FORMATS, local_rows, read_rows, read_wikitext, wikitext_file
 
 Split = Literal["train", "test"]
@@ -205,9 +206,15 @@ def documents(
 
 
 def default_sources(model_name: str) -> dict[str, str]:
-    """label -> source of the text to judge a model by: both Python domains for the embedded models, else WikiText-2."""
+    """label -> source of the text to judge a model by: both Python domains for the embedded models, else WikiText-2.
+
+    The public models of :mod:`greedy_helpers.public` are for machines without a network, too: they are judged by
+    `"prose"` where the Hub is not reachable.
+    """
     if model_name in EMBEDDED:
         return {"code": "code", "prose": "prose"}
+    if model_name in PUBLIC and not hub_is_reachable():
+        return {"prose": "prose"}
     return {"WikiText-2": WIKITEXT2}
 
 

@@ -99,7 +99,7 @@ def _write_plain(model: PreTrainedModel, config_class: type, model_class: type, 
     for ours in ("pruned_units", "added_biases"):
         values.pop(ours, None)
     if config_class is not type(model.config):
-        known = config_class().to_dict().keys() | edits.keys()
+        known = config_class().to_dict().keys() | edits.keys() | {"dequantized_from"}
         values = {k: v for k, v in values.items() if k in known and k not in ("model_type", "architectures")}
         values["sliding_window"] = None
     config = config_class(**values)

