@@ -62,12 +62,19 @@ Allocation = Callable[[Sequence[Depth2Module], float, Criterion, Scorer], tuple[
 def uniform(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, _scores: Scorer
 ) -> tuple[Plan, Criterion]:
-    """The same share of units everywhere: floor(ratio * units) of every module go (the paper)."""
-    return {module.name: module.n_units - n_removed(module.n_units, ratio) for module in modules}, criterion
+    """The same share of units everywhere: floor(ratio * units) of every module go (the paper).
+
+    Of query heads that share KV heads, floor(ratio * query heads per KV head) of each.
+    """
+    return {m.name: m.n_units - _n_removed(m, ratio) for m in modules}, criterion
+
+
+def _n_removed(module: Depth2Module, ratio: float) -> int:
+    return module.n_sets * n_removed(module.n_units // module.n_sets, ratio)
 
 
 def _uniform_parameters(modules: Sequence[Depth2Module], ratio: float) -> int:
-    return sum(n_removed(module.n_units, ratio) * unit_parameters(module) for module in modules)
+    return sum(_n_removed(module, ratio) * unit_parameters(module) for module in modules)
 
 
 def adaptive(

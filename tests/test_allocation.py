@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import quiet
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, tiny_model, unit_sets
 
 from greedy_helpers import (
     budget,
@@ -25,18 +25,21 @@ from greedy_helpers.allocation import (
     unit_parameters,
 )
 from greedy_helpers.checkpoint import save_pruned
+from greedy_helpers.structure import linears_of
 
 
+@pytest.mark.parametrize("unit", ["query", "kv"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_unit_has_the_parameters_that_go_with_it(name):
+def test_a_unit_has_the_parameters_that_go_with_it(name, unit):
     model = tiny_model(name)
-    for module in depth2_modules(model, [1]):
-        before = sum(p.numel() for p in module.owner.parameters())
-        norms = [module.owner.get_submodule(path) for path in module.layout.lists] if name == "stablelm" else []
-        per_unit = sum(p.numel() for entries in norms for p in entries.parameters()) // module.n_units
-        cost, n_units = unit_parameters(module), module.n_units
-        remove_units(module, torch.arange(n_units - 1))
-        assert before - sum(p.numel() for p in module.owner.parameters()) == cost + per_unit
+    for module in depth2_modules(model, [1], unit=unit):
+
+        def parameters(owner=module.owner):  # of its linears: a norm per head (StableLM) is none of them
+            return sum(p.numel() for linear in linears_of(owner).values() for p in linear.parameters())
+
+        before = parameters()
+        remove_units(module, unit_sets(module)[:, :-1].flatten())
+        assert before - parameters() == unit_parameters(module) * module.n_sets
 
 
 @pytest.mark.parametrize("of", ["blocks", "all"])
@@ -51,8 +54,8 @@ def test_a_plan_meets_its_budget(name, of, make, tokens):
     before = count_parameters(model)
     report = quiet(model, tokens, plan=plan)
     removed = before["total"] - count_parameters(model)["total"]
-    dearest = max(unit_parameters(module) for module in modules)
-    slack = dearest if make == "adaptive" else sum(unit_parameters(module) for module in modules)
+    steps = [unit_parameters(module) * module.n_sets for module in modules]
+    slack = max(steps) if make == "adaptive" else sum(steps)
     assert wanted <= removed < wanted + slack
     assert {m.name: m.n_units for m in depth2_modules(model)} == plan
     assert report.parameters == {key: [before[key], count_parameters(model)[key]] for key in before}
@@ -139,7 +142,7 @@ def test_bad_plans_are_refused():
     with pytest.raises(KeyError, match=r"no module 'model\.layers\.9\.mlp'"):
         check_plan(model, {"model.layers.9.mlp": 3})
     for wrong in (0, 81, 2.5, True):
-        with pytest.raises(ValueError, match="expected to keep between 1 and 80 units"):
+        with pytest.raises(ValueError, match="expected to keep 1 to 80 units"):
             check_plan(model, {"model.layers.1.mlp": wrong})
     with pytest.raises(ValueError, match="'blocks' or of 'all'"):
         budget(model, 0.2, "heads")
@@ -182,15 +185,18 @@ def test_heads_that_do_not_divide_stay_whole_and_everything_says_so(kv_heads, to
     with pytest.warns(
         UserWarning, match=rf"25% of {kv_heads} units is less than one: .*self_attn and 1 more lose noth"
     ):
-        report = quiet(model, tokens, 0.25)
+        report = quiet(model, tokens, 0.25, unit="kv")
     assert report.removed["blocks"] == pytest.approx(gone / whole)
     assert gone / whole < 0.25
     share = f"{gone / whole:.1%}"
-    left = f"left in the modules that were pruned: {2 * kv_heads} of {2 * kv_heads} heads and 120 of 160 FFN channels"
+    left = (
+        f"left in the modules that were pruned: {2 * kv_heads} of {2 * kv_heads} KV heads and 120 of 160 FFN channels"
+    )
     assert f"removed: {share} of the blocks' parameters" in str(report)
     assert left in str(report)
     save_pruned(model, tmp_path / "pruned", report=report)
     card = (tmp_path / "pruned" / "README.md").read_text()
     assert f"({share} removed)" in card
-    assert f"| attention heads (or KV groups) | {2 * kv_heads} of {2 * kv_heads} left |" in card
+    assert f"| attention heads | {4 * kv_heads} of {4 * kv_heads} left |" in card
+    assert f"| KV heads | {2 * kv_heads} of {2 * kv_heads} left |" in card
     assert "| FFN channels | 120 of 160 left |" in card

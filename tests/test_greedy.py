@@ -172,8 +172,9 @@ def test_prune_keeps_what_the_elimination_keeps(name, swaps):
         if linear.bias is not None:
             h = h - torch.outer(moments.x, moments.x) / moments.n
         h = h + damp * h.diagonal().mean() * torch.eye(len(h)).to(h)
-        keep = eliminate(h, solution.weight.T, module.level2.index, seen.n_keep).keep
-        keep = swap(h, h @ solution.weight.T, module.level2.index, keep, swaps)[0]
+        sets = {"n_sets": module.n_sets}
+        keep = eliminate(h, solution.weight.T, module.level2.index, seen.n_keep, **sets).keep
+        keep = swap(h, h @ solution.weight.T, module.level2.index, keep, swaps, **sets)[0]
         path[module.name] = keep
         return exact_greedy(module, seen, swaps=swaps)
 

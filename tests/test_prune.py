@@ -83,7 +83,7 @@ def test_a_ratio_that_takes_nothing_is_said():
     model = tiny_model("llama-gqa")
     message = r"25% of 2 units is less than one: model\.layers\.0\.self_attn and 1 more lose nothing"
     with pytest.warns(UserWarning, match=message) as caught:
-        report = quiet(model, calibration(), 0.25)
+        report = quiet(model, calibration(), 0.25, unit="kv")
     assert len([w for w in caught if "lose nothing" in str(w.message)]) == 1
     assert [step.units_after for step in report.steps] == [2, 60, 2, 60]
 
@@ -101,8 +101,8 @@ def test_ratio_zero_changes_nothing(model, tokens):
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 def test_without_refit_it_is_zeroing_the_lowest_units(model, tokens, ratio):
     twin = copy.deepcopy(model)
-    report = quiet(model, calibration(), ratio)
-    for module, step in zip(depth2_modules(twin), report.steps, strict=True):
+    report = quiet(model, calibration(), ratio, unit="kv")
+    for module, step in zip(depth2_modules(twin, unit="kv"), report.steps, strict=True):
         assert step.units_after == step.units_before - int(step.units_before * ratio)
         assert step.scores[step.keep].min() >= step.scores.sort().values[step.units_before - step.units_after]
         cut = torch.tensor([u for u in range(step.units_before) if u not in step.keep.tolist()], dtype=torch.long)
