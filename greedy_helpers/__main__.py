@@ -105,7 +105,7 @@ _Allocation = Option(parser=_one_of(ALLOCATIONS), metavar="NAME", help=" | ".joi
 _Unit = Option(
     parser=_one_of(get_args(Unit)),
     metavar="NAME",
-    help="query | kv: where query heads share KV heads, remove query heads, or KV heads with theirs, and with their cache",
+    help="query | kv: what goes where query heads share KV heads; kv: whole KV heads, which shrinks the cache",
 )
 _Dtype = Option(parser=_one_of(_DTYPES), metavar="NAME", help=f"{' | '.join(_DTYPES)}; default: float32 on a CPU")
 _Blocks = Option(parser=_blocks, metavar="FIRST:END", help="prune these only, e.g. 4:30; default: all")

@@ -104,7 +104,9 @@ def test_against_the_optimum_over_all_subsets(seed):
 
 def subsets_of_sets(n_sets, in_set, n_keep):
     """All subsets with the same number of every set."""
-    per_set = [list(itertools.combinations(range(s * in_set, (s + 1) * in_set), n_keep // n_sets)) for s in range(n_sets)]
+    per_set = [
+        list(itertools.combinations(range(s * in_set, (s + 1) * in_set), n_keep // n_sets)) for s in range(n_sets)
+    ]
     return [sum(parts, ()) for parts in itertools.product(*per_set)]
 
 

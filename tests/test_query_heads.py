@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -111,8 +112,8 @@ def test_unequal_numbers_are_refused_and_nothing_changes(keep):
     model = tiny_model("mistral")
     before = state_of(model)
     found = [sum(unit < 3 for unit in keep), sum(unit >= 3 for unit in keep)]
-    message = rf"self_attn: expected to keep the same number of query heads of every KV head, found \[{found[0]}, {found[1]}\]"
-    with pytest.raises(ValueError, match=message):
+    message = f"self_attn: expected to keep the same number of query heads of every KV head, found {found}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         remove_units(depth2_modules(model)[0], torch.tensor(keep))
     assert_untouched(model, before)
 
@@ -181,7 +182,7 @@ def test_a_killed_run_goes_on_with_its_units(unit, tmp_path):
     assert_same_report(quiet(model, calibration(), **how, work_dir=tmp_path), expected)
     assert_same_model(model, whole)
     other = how | {"unit": "kv" if unit == "query" else "query", "plan": None, "ratio": 0.5}
-    with pytest.raises(ValueError, match="run with other settings: .*unit was"):
+    with pytest.raises(ValueError, match=r"run with other settings: .*unit was"):
         quiet(tiny_model("mistral", torch.float32), calibration(), **other, work_dir=tmp_path)
 
 
@@ -374,7 +375,7 @@ def test_numbers_that_are_no_multiples_are_refused():
         with pytest.raises(ValueError, match=rf"{name}: expected to keep 2 to 6 query heads, a multiple of 2, found"):
             quiet(model, calibration(), plan={name: wrong})
     check_plan(model, {name: 1}, unit="kv")
-    with pytest.raises(ValueError, match="expected as unit of grouped-query attention .*, found 'head'"):
+    with pytest.raises(ValueError, match=r"expected as unit of grouped-query attention .*, found 'head'"):
         quiet(model, calibration(), 0.5, unit="head")
     with pytest.raises(KeyError, match=r"unit: the model has no module 'model\.layers\.0\.attn'"):
         quiet(model, calibration(), 0.5, unit={"model.layers.0.attn": "kv"})
