@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pandas as pd
 import torch
@@ -29,7 +29,7 @@ from .large import distributed
 from .pruning import prune as prune_model
 from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
 from .remedies import REMEDIES
-from .structure import count_parameters
+from .structure import Unit, count_parameters
 from .task_files import hub_rows
 from .tasks import zero_shot
 
@@ -108,6 +108,11 @@ _Allocation = Option(
     metavar="NAME",
     help=f"{' | '.join(ALLOCATIONS)}; floor: --ratio is of every module's units, rounded down, as in the paper",
 )
+_Unit = Option(
+    parser=_one_of(get_args(Unit)),
+    metavar="NAME",
+    help="query | kv: what goes where query heads share KV heads; kv: whole KV heads, which shrinks the cache",
+)
 _Dtype = Option(parser=_one_of(_DTYPES), metavar="NAME", help=f"{' | '.join(_DTYPES)}; default: float32 on a CPU")
 _Blocks = Option(parser=_blocks, metavar="FIRST:END", help="prune these only, e.g. 4:30; default: all")
 _Calibration = Annotated[int, Option(help="windows to calibrate on")]
@@ -160,6 +165,7 @@ def prune(
     allocation: Annotated[str | None, _Allocation] = None,
     damp: Annotated[float | None, Option(help="of every refit, a share of the mean diagonal; default: 0.01")] = None,
     blocks: Annotated[Any, _Blocks] = None,
+    unit: Annotated[str, _Unit] = "query",
     overwrite: Annotated[bool, Option("--overwrite", help="replace an existing folder")] = False,
     calibration: _Calibration = 64,
     seq: _Seq = 256,
@@ -189,7 +195,7 @@ def prune(
     if source == "self-generated":
         start = "random" if tokenizer is None else "separator"
         tokens = self_generated_tokens(whole, tokenizer, calibration, seq, start=start, seed=seed)
-    how = {"blocks": blocks, "batch_size": batch_size, "work_dir": work_dir, "store": store}
+    how = {"blocks": blocks, "unit": unit, "batch_size": batch_size, "work_dir": work_dir, "store": store}
     if lazy:  # the embeddings are in the CPU's memory, the blocks come to the device
         how["device"] = place or ("cuda" if torch.cuda.is_available() else "cpu")
     report = prune_model(whole, tokens, ratio, method, **how)
@@ -277,6 +283,7 @@ def compare(
     calibration: _Calibration = 32,
     seq: _Seq = 256,
     source: Annotated[str | None, Option(help="of the calibration windows, as for prune")] = None,
+    unit: Annotated[str, _Unit] = "query",
 ) -> tuple[dict, str]:
     """A grid of recipes, resumable: repeat the command to go on."""
     recipes = [Recipe(criterion, remedy) for criterion in criteria for remedy in remedies]
@@ -284,7 +291,7 @@ def compare(
         check_ratio(ratio)
     for name in models:
         _tokenizer(name)  # refuses what has none
-    found = sweep(out, models, recipes, ratios, seeds, Settings(calibration, windows, seq, source))
+    found = sweep(out, models, recipes, ratios, seeds, Settings(calibration, windows, seq, source, unit=unit))
     columns = ["model", "ratio", "method", "seed", *next(iter(found["dense"].values())), "blocks left", "seconds"]
     return found, frame(found)[columns].to_string(index=False, float_format="{:.3f}".format)
 

@@ -103,9 +103,10 @@ def _removed(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, str]:
 
 
 def _units(model: PreTrainedModel) -> dict[str, int]:
-    attention = [m for m in depth2_modules(model, unit="kv") if m.kind == "attention"]
+    modules = depth2_modules(model, unit="kv")
+    attention = [module for module in modules if module.kind == "attention"]
     return {
         "attention heads": sum(module.n_units * module.group for module in attention),
         "KV heads": sum(module.n_units for module in attention),
-        "FFN channels": sum(module.n_units for module in depth2_modules(model) if module.kind != "attention"),
+        "FFN channels": sum(module.n_units for module in modules if module.kind != "attention"),
     }

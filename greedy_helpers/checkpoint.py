@@ -247,8 +247,7 @@ def _cut_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         for name, left in (getattr(config, "pruned_units", None) or {}).items():
             if name not in blocks:
                 raise ValueError(f"load_pruned: config.json names the module {name!r}, which the model lacks")
-            for unit, n_units in left.items() if isinstance(left, dict) else [("kv", left)]:
-                _cut_to(self, name, blocks[name], unit, n_units)
+            _cut_to(self, name, blocks[name], left)
         linears = linears_of(self)
         for path in getattr(config, "added_biases", None) or ():  # filled with what was saved
             if path not in linears:
@@ -273,14 +272,18 @@ def _cut_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(base.__name__, (base,), attributes | {method.__name__: method for method in methods})
 
 
-def _cut_to(model: PreTrainedModel, name: str, block: int, unit: str, n_units: object) -> None:
-    """Give a module of a dense model the size that config.json says; the weights come later."""
-    (module,) = (module for module in depth2_modules(model, [block], unit=unit) if module.name == name)
-    sets, most = module.n_sets, module.n_units
-    if type(n_units) is not int or not 1 <= n_units <= most or n_units % sets:
-        found = f"expected {sets} to {most} {module.unit}s{f', a multiple of {sets}' * (sets > 1)}, found {n_units!r}"
-        raise ValueError(f"load_pruned: config.json: {name}: {found}")
-    remove_units(module, keep_best(torch.zeros(most, device="cpu"), n_units, sets))
+def _cut_to(model: PreTrainedModel, name: str, block: int, left: object) -> None:
+    """Give a module of a dense model the size that config.json says, see :func:`_units_of`; the weights come later."""
+    left = left if isinstance(left, dict) else {"kv": left}
+    if not left.keys() <= {"kv", "query"}:
+        raise ValueError(f"load_pruned: config.json: {name}: expected the numbers of KV and query heads, found {left}")
+    for unit in ("kv", "query")[: len(left)]:
+        (module,) = (module for module in depth2_modules(model, [block], unit=unit) if module.name == name)
+        n_units, sets, most = left.get(unit), module.n_sets, module.n_units
+        if type(n_units) is not int or not 1 <= n_units <= most or n_units % sets:
+            expected = f"{sets} to {most} {module.unit}s" + (f", a multiple of {sets}" if sets > 1 else "")
+            raise ValueError(f"load_pruned: config.json: {name}: expected {expected}, found {n_units!r}")
+        remove_units(module, keep_best(torch.zeros(most, device="cpu"), n_units, sets))
 
 
 def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from .evaluate import perplexity
 from .files import replace_file, rows_as_json
 from .pruning import prune
 from .recipes import Recipe
+from .structure import Unit
 
 _PACKAGE = Path(__file__).resolve().parent
 # Recorded measurements that the notebooks plot: part of an installed package, or in data/ of a clone.
@@ -40,6 +41,7 @@ class Settings:
         seq: tokens per window, of both.
         source: the calibration text; None: the first of the model's default sources.
         damp: of every recipe.
+        unit: what is removed where query heads share KV heads, see :func:`~greedy_helpers.pruning.prune`.
     """
 
     calibration: int = 32
@@ -47,6 +49,7 @@ class Settings:
     seq: int = 256
     source: str | None = None
     damp: float = 1e-2
+    unit: Unit = "query"
 
 
 Judge = Callable[[PreTrainedModel], dict[str, float]]
@@ -89,6 +92,7 @@ def sweep(
                 f"other words for them; found {recipe!r}"
             )
     found = json.loads(out.read_text()) if out.exists() else {"settings": _described(settings), "dense": {}, "rows": []}
+    found["settings"].setdefault("unit", settings.unit)  # files of before do not say it
     mine = {key: value for key, value in found["settings"].items() if key in asdict(settings)}
     if mine != asdict(settings):
         raise ValueError(f"sweep: {out} holds results of {mine}, expected {asdict(settings)}; name another file")
@@ -107,7 +111,7 @@ def sweep(
             found["texts"] = list(dict.fromkeys([*found.get("texts", ()), *subject.texts]))
         calibration = subject.calibration(row["seed"])
         model, recipe = copy.deepcopy(subject.dense), recipe_of(row, settings.damp)
-        report = prune(model, calibration, row["ratio"], recipe, progress=False)
+        report = prune(model, calibration, row["ratio"], recipe, unit=settings.unit, progress=False)
         sizes = {key: report.parameters[key] for key in ("total", "blocks")}
         left = {f"{key} left": round(after / before, 5) for key, (before, after) in sizes.items()}
         found["rows"].append(row | subject.judge(model) | left | {"seconds": round(report.seconds, 2)})

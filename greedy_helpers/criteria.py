@@ -211,7 +211,7 @@ def value_rows(module: Depth2Module) -> Tensor:
     if index.numel() < group.n_channels:
         return weight[-dim:].expand(module.n_units, -1, -1)
     rows = weight[index[:, -dim:].to(weight.device)]
-    return rows.repeat_interleave(module.sizes["group"], 0) if module.n_sets > 1 else rows
+    return rows.repeat_interleave(module.group, 0) if module.unit == "query head" else rows
 
 
 @torch.no_grad()

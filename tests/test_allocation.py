@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import quiet
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, tiny_model, unit_sets
 
 from greedy_helpers import (
     budget,
@@ -28,18 +28,21 @@ from greedy_helpers.allocation import (
     unit_parameters,
 )
 from greedy_helpers.checkpoint import save_pruned
+from greedy_helpers.structure import linears_of
 
 
+@pytest.mark.parametrize("unit", ["query", "kv"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_unit_has_the_parameters_that_go_with_it(name):
+def test_a_unit_has_the_parameters_that_go_with_it(name, unit):
     model = tiny_model(name)
-    for module in depth2_modules(model, [1]):
-        before = sum(p.numel() for p in module.owner.parameters())
-        norms = [module.owner.get_submodule(path) for path in module.layout.lists] if name == "stablelm" else []
-        per_unit = sum(p.numel() for entries in norms for p in entries.parameters()) // module.n_units
-        cost, n_units = unit_parameters(module), module.n_units
-        remove_units(module, torch.arange(n_units - 1))
-        assert before - sum(p.numel() for p in module.owner.parameters()) == cost + per_unit
+    for module in depth2_modules(model, [1], unit=unit):
+
+        def parameters(owner=module.owner):  # of its linears: a norm per head (StableLM) is none of them
+            return sum(p.numel() for linear in linears_of(owner).values() for p in linear.parameters())
+
+        before = parameters()
+        remove_units(module, unit_sets(module)[:, :-1].flatten())
+        assert before - parameters() == unit_parameters(module) * module.n_sets
 
 
 def half_a_channel_each(modules):
@@ -223,7 +226,7 @@ def test_bad_plans_are_refused():
     with pytest.raises(KeyError, match=r"no module 'model\.layers\.9\.mlp'"):
         check_plan(model, {"model.layers.9.mlp": 3})
     for wrong in (0, 81, 2.5, True):
-        with pytest.raises(ValueError, match="expected to keep between 1 and 80 units"):
+        with pytest.raises(ValueError, match="expected to keep 1 to 80 units"):
             check_plan(model, {"model.layers.1.mlp": wrong})
     with pytest.raises(ValueError, match="'blocks' or of 'all'"):
         budget(model, 0.2, "heads")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from tiny import tiny_model
 
 from greedy_helpers import (
     FLAP,
@@ -145,6 +147,14 @@ def test_compare_goes_on(tmp_path, capsys):
     assert "blocks left" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("unit", "what"), [("query", "query heads"), ("kv", "KV heads")])
+def test_units_of_grouped_queries(unit, what, tmp_path, capsys):
+    tiny_model("mistral", torch.float32).save_pretrained(tmp_path / "dense")
+    options = ["--unit", unit, "--source", "self-generated", "--calibration", "4", "--seq", "16", "--ratio", "0.5"]
+    assert main(["prune", str(tmp_path / "dense"), str(tmp_path / "pruned"), *options]) == 0
+    assert f"of {12 if unit == 'query' else 4} {what} and" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -154,6 +164,7 @@ def test_compare_goes_on(tmp_path, capsys):
         (["generate", "llama-mini", "--prompt", ""], 1, "at least one token"),
         (["prune", "llama-mini", "x", "--blocks", "4:9", *FEW], 1, "block"),
         (["prune", "llama-mini", "x", "--blocks", "4"], 2, "expected FIRST:END, e.g. 4:30, found '4'"),
+        (["prune", "llama-mini", "x", "--unit", "head"], 2, "expected one of query, kv; found 'head'"),
         (["prune", "llama-mini", "x", "--remedy", "prayer"], 2, "expected one of none, bias, pre, "),
         (
             ["prune", "llama-mini", "x", "--dtype", "int8"],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import calibration
@@ -92,6 +93,20 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch
     assert {name for name in table if name.endswith(" left")} == {"total left", "blocks left"}
     with pytest.raises(ValueError, match=r"holds results of .* name another file"):
         sweep(out, ["llama-mini"], recipes, [0.25], settings=Settings(calibration=5), progress=False)
+
+
+def test_the_unit_is_a_setting(tmp_path, monkeypatch):
+    """It reaches `prune`; a file of another is refused; a file of before, which says none, goes on."""
+    out, asked, real = tmp_path / "sweep.json", [], compare.prune
+    monkeypatch.setattr(compare, "prune", lambda *a, unit, **options: (asked.append(unit), real(*a, **options))[1])
+    job = [["llama-mini"], [Recipe("L2", "none")], [0.25]]
+    found = sweep(out, *job, settings=replace(SMALL, unit="kv"), progress=False)
+    assert asked == ["kv"] == [found["settings"]["unit"]]
+    with pytest.raises(ValueError, match=r"holds results of .*'unit': 'kv'.* name another file"):
+        sweep(out, *job, settings=SMALL, progress=False)
+    del found["settings"]["unit"]
+    out.write_text(json.dumps(found))
+    assert len(sweep(out, *job, settings=SMALL, progress=False)["rows"]) == len(asked) == 1
 
 
 def test_excess_is_taken_of_perplexities_alone():

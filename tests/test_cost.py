@@ -1,9 +1,11 @@
 """Costs are counted from the shapes, and agree with what torch counts and what the system measures."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
-from tiny import CONFIGS, ENCODERS, VOCABULARY, tiny_model
+from tiny import CONFIGS, ENCODERS, VOCABULARY, tiny_model, unit_sets
 from torch.utils.flop_counter import FlopCounterMode
 
 from greedy_helpers import blocks_of, count_parameters, depth2_modules, remove_units, save_pruned
@@ -14,10 +16,11 @@ from greedy_helpers.files import disk_bytes
 from greedy_helpers.structure import blocks_path, linears_of
 
 
-def pruned_unevenly(model):
+def pruned_unevenly(model, unit="query"):
     """Another number of units out of every module."""
-    for place, module in enumerate(depth2_modules(model)):
-        remove_units(module, torch.arange(max(1, module.n_units - 1 - 5 * place)))
+    for place, module in enumerate(depth2_modules(model, unit=unit)):
+        sets = unit_sets(module)
+        remove_units(module, sets[:, : max(1, sets.shape[1] - 1 - 5 * place)].flatten())
     return model
 
 
@@ -38,7 +41,9 @@ def macs_by_torch(model, tokens, cache=None):
     return {"linears": inside, "attention": in_blocks - inside, "head": outside, "total": in_blocks + outside}
 
 
-@pytest.mark.parametrize("shrink", [lambda model: model, pruned_unevenly], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    "shrink", [lambda model: model, pruned_unevenly, partial(pruned_unevenly, unit="kv")], ids=["dense", "pruned", "kv"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_macs_are_what_torch_counts_on_eager_attention(name, shrink):
     model = shrink(tiny_model(name, torch.float32, attention="eager"))

@@ -8,7 +8,7 @@ import torch
 import transformers
 from conftest import assert_untouched, calibration, quiet, state_of
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny import VOCABULARY, tiny_config, tiny_model, unit_sets
 from torch import nn
 
 from greedy_helpers import (
@@ -37,7 +37,8 @@ def pruned(name="llama", **sizes):
     """Other sizes in every module."""
     model = tiny_model(name, torch.float32, **sizes)
     for i, module in enumerate(depth2_modules(model)):
-        remove_units(module, torch.arange(max(1, module.n_units - 1 - i)))
+        sets = unit_sets(module)
+        remove_units(module, sets[:, : max(1, sets.shape[1] - 1 - i)].flatten())
     return model
 
 

@@ -81,7 +81,7 @@ def test_criteria_on_wide_units(bias):
     n = N_UNITS * WIDTH
     x = torch.randn(1500, n, generator=generator, dtype=torch.float64) + 0.5
     linear = nn.Linear(n, D_Y, bias).double()
-    module = SimpleNamespace(n_units=N_UNITS, level2=SimpleNamespace(linear=linear, index=INDEX))
+    module = SimpleNamespace(n_units=N_UNITS, n_sets=1, level2=SimpleNamespace(linear=linear, index=INDEX))
     moments = Moments("wide")
     moments.update(x)
     centred = (x - x.mean(0) if bias else x).numpy()
@@ -123,7 +123,7 @@ def test_single_precision_solves_beside_loud_channels(features, loud):
 
 def module_of(linear, width=1):
     index = torch.arange(linear.in_features).view(-1, width)
-    return SimpleNamespace(n_units=len(index), level2=SimpleNamespace(linear=linear, index=index))
+    return SimpleNamespace(n_units=len(index), n_sets=1, level2=SimpleNamespace(linear=linear, index=index))
 
 
 @pytest.mark.parametrize(
