@@ -95,14 +95,12 @@ def load_model(
 
 
 def check_config(name_or_path: str | Path) -> PreTrainedConfig | None:
-    """The config of a model, or its refusal by that alone, before anything else is read; None where there is none yet.
+    """The config of a model, or its refusal by that alone, before anything else is read; None if it cannot be read.
 
     Raises:
         ValueError, UnsupportedModule: as :func:`load_model`.
     """
-    place, is_local = _resolve(str(name_or_path))
-    if is_local and not (Path(place) / "config.json").is_file():
-        return None
+    place = _resolve(str(name_or_path))[0]
     try:
         return read_config(place, PreTrainedConfig.get_config_dict(place)[0])
     except OSError:  # load_model says what is missing
