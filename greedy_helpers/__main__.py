@@ -18,20 +18,20 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from .allocation import check_ratio
-from .checkpoint import MANIFEST, check_config, load_model, load_tokenizer, save_pruned
+from .checkpoint import MANIFEST, check_config, load_model, load_tokenizer, model_without_weights, save_pruned
 from .compare import Settings, frame, recipe_of, sweep
 from .course.choices import choice_tasks
 from .course.multiple_choice import multiple_choice
 from .data import EMBEDDED, calibration_tokens, default_sources
 from .data_free import self_generated_tokens
-from .evaluate import Text, evaluate_text, generate_text, read_text, window_starts
+from .evaluate import Text, evaluate_text, generate_text, prompt_ids, read_text, window_starts
 from .large import distributed
 from .pruning import prune as prune_model
 from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
 from .remedies import REMEDIES
-from .structure import Unit, count_parameters
+from .structure import Unit, check_tokens, count_parameters, depth2_modules
 from .task_files import hub_rows
-from .tasks import zero_shot
+from .tasks import check_lm_eval, zero_shot
 
 _EXAMPLES = """\b
 examples:
@@ -97,6 +97,8 @@ def _blocks(text: str) -> range:
     first, _, end = text.partition(":")
     if not (first.isdigit() and end.isdigit()):
         raise typer.BadParameter(f"expected FIRST:END, e.g. 4:30, found {text!r}")
+    if int(first) >= int(end):
+        raise typer.BadParameter(f"expected FIRST below END, found {text!r}, which are no blocks")
     return range(int(first), int(end))
 
 
@@ -131,8 +133,14 @@ def _recipe(name: str, seed: int, **given: str | float | None) -> Recipe:
     return recipe_of({**recipe.names, "seed": seed}, recipe.damp)
 
 
+def _check_structure(name: str, seq: int, blocks: range | None = None) -> None:
+    """Refuse what a model's config already rules out: its family, windows beyond its context, blocks it lacks."""
+    if (model := model_without_weights(name)) is not None:
+        depth2_modules(model, blocks)
+        check_tokens(model, torch.zeros(1, seq, dtype=torch.long))
+
+
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    check_config(name)
     try:
         return load_tokenizer(name)
     except FileNotFoundError:
@@ -187,6 +195,7 @@ def prune(
         raise ValueError("--lazy needs a --work-dir for the pruned blocks")
     check_ratio(ratio)
     _check_device(device, store)
+    _check_structure(model, seq, blocks)
     place = distributed.start(device)
     source = source or "+".join(default_sources(model).values())
     if source != "self-generated":  # before the weights are loaded, as most mistakes are about text
@@ -230,6 +239,10 @@ def evaluate(
         for task in tasks:
             hub_rows(data, task)  # refuses what is not there
     _check_device(device)
+    if tasks:
+        check_lm_eval()
+    for name in models:
+        _check_structure(name, seq)
     found, asked = {}, {name: _texts(name, sources, column) for name in models}
     for texts in asked.values():
         for _, text in texts.values():
@@ -283,6 +296,7 @@ def compare(
     calibration: _Calibration = 32,
     seq: _Seq = 256,
     source: Annotated[str | None, Option(help="of the calibration windows, as for prune")] = None,
+    column: _Column = "text",
     unit: Annotated[str, _Unit] = "query",
 ) -> tuple[dict, str]:
     """A grid of recipes, resumable: repeat the command to go on."""
@@ -290,8 +304,12 @@ def compare(
     for ratio in ratios:
         check_ratio(ratio)
     for name in models:
-        _tokenizer(name)  # refuses what has none
-    found = sweep(out, models, recipes, ratios, seeds, Settings(calibration, windows, seq, source, unit=unit))
+        _check_structure(name, seq)
+        tokenizer = _tokenizer(name)  # refuses what has none
+        if source is not None:
+            calibration_tokens(tokenizer, calibration, seq, source, column=column)
+    settings = Settings(calibration, windows, seq, source, unit=unit, column=column)
+    found = sweep(out, models, recipes, ratios, seeds, settings)
     columns = ["model", "ratio", "method", "seed", *next(iter(found["dense"].values())), "blocks left", "seconds"]
     return found, frame(found)[columns].to_string(index=False, float_format="{:.3f}".format)
 
@@ -300,14 +318,15 @@ def compare(
 def generate(
     model: str,
     prompt: Annotated[str, Option()],
-    tokens: int = 64,
-    temperature: float = 0.0,
+    tokens: Annotated[int, Option(min=1)] = 64,
+    temperature: Annotated[float, Option(min=0)] = 0.0,
     seed: int = 0,
     device: str | None = None,
 ) -> tuple[dict, str]:
     """Let a model continue a prompt."""
     _check_device(device)
-    _tokenizer(model)  # refuses what has none
+    config = check_config(model)
+    prompt_ids(config, _tokenizer(model), prompt)  # refuses one that is empty, or too long
     found, tokenizer = load_model(model, device)
     text = generate_text(found, tokenizer, prompt, tokens, temperature=temperature, seed=seed)
     return {"text": text}, text

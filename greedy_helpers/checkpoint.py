@@ -97,16 +97,31 @@ def load_model(
         ) from error
 
 
-def check_config(name_or_path: str | Path) -> None:
-    """Refuse a local folder by its config.json alone, before anything else is read.
+def check_config(name_or_path: str | Path) -> PreTrainedConfig | None:
+    """The config of a model, or its refusal by that alone, before anything else is read; None if it cannot be read.
 
     Raises:
         ValueError, UnsupportedModule: as :func:`load_model`.
     """
-    place, is_local = _resolve(str(name_or_path))
-    file = Path(place) / "config.json"
-    if is_local and file.is_file():
-        read_config(place, json.loads(file.read_text()))
+    place = _resolve(str(name_or_path))[0]
+    try:
+        return read_config(place, PreTrainedConfig.get_config_dict(place)[0])
+    except OSError:  # load_model says what is missing
+        return None
+
+
+def model_without_weights(name_or_path: str | Path) -> PreTrainedModel | None:
+    """The model that :func:`load_model` would load, on the meta device: its structure. None as for the config.
+
+    Raises:
+        ValueError, UnsupportedModule: as :func:`load_model`.
+    """
+    if (config := check_config(name_or_path)) is None:
+        return None
+    ours = getattr(config, "pruned_units", None) or getattr(config, "added_biases", None)
+    loader = _loader_of_pruned(config) if ours else model_class(str(name_or_path), config)
+    with torch.device("meta"):
+        return loader(config)
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -42,6 +42,7 @@ class Settings:
         source: the calibration text; None: the first of the model's default sources.
         damp: of every recipe.
         unit: what is removed where query heads share KV heads, see :func:`~greedy_helpers.pruning.prune`.
+        column: of a calibration text that is a table.
     """
 
     calibration: int = 32
@@ -50,6 +51,7 @@ class Settings:
     source: str | None = None
     damp: float = 1e-2
     unit: Unit = "query"
+    column: str = "text"
 
 
 Judge = Callable[[PreTrainedModel], dict[str, float]]
@@ -92,8 +94,8 @@ def sweep(
                 f"other words for them; found {recipe!r}"
             )
     found = json.loads(out.read_text()) if out.exists() else {"settings": _described(settings), "dense": {}, "rows": []}
-    found["settings"].setdefault("unit", settings.unit)  # files of before do not say it
-    mine = {key: value for key, value in found["settings"].items() if key in asdict(settings)}
+    stored = {key: value for key, value in found["settings"].items() if key in asdict(settings)}
+    mine = asdict(Settings()) | stored  # files of older versions lack some
     if mine != asdict(settings):
         raise ValueError(f"sweep: {out} holds results of {mine}, expected {asdict(settings)}; name another file")
     done = {_key(row) for row in found["rows"]}
@@ -143,7 +145,8 @@ class _Subject:
         if self._calibration is None or self._calibration[0] != seed:
             source = self._settings.source or next(iter(self._sources.values()))
             windows, seq = self._settings.calibration, self._settings.seq
-            self._calibration = seed, calibration_tokens(self._tokenizer, windows, seq, source, seed=seed)
+            column = self._settings.column
+            self._calibration = seed, calibration_tokens(self._tokenizer, windows, seq, source, seed, column)
         return self._calibration[1]
 
 

@@ -276,6 +276,8 @@ def _check_arguments(
     check_tokens(model, calibration, packed=True)
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
     modules = depth2_modules(model, chosen, kinds, unit=unit)  # refuses what does not exist
+    if chosen and not modules:
+        warnings.warn(f"prune: the model has no modules of the kinds {kinds}: nothing is removed", stacklevel=3)
     check_own_weights({group.path: group.linear for module in modules for group in module.groups})
     if ratio is not None:
         check_ratio(ratio)

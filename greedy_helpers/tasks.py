@@ -63,15 +63,11 @@ def zero_shot(
     """
     if not tasks or isinstance(tasks, str):
         raise ValueError(f"zero_shot: expected a list of task names, found {tasks!r}")
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError(
-            f"zero_shot needs lm_eval: pip install 'greedy-helpers[eval]' ({error}). The questions in "
-            "greedy_helpers.course.choices need nothing more"
-        ) from error
+    check_lm_eval()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     local = {} if data is None else {name: hub_rows(data, name) for name in tasks}
     logger = logging.getLogger("lm_eval")
     level, was_training, random_state = logger.level, model.training, random.getstate()
@@ -100,6 +96,22 @@ def zero_shot(
         model.train(was_training)
         random.setstate(random_state)  # lm_eval draws from it
     return _table(results)
+
+
+def check_lm_eval() -> None:
+    """Nothing, if lm_eval can be imported.
+
+    Raises:
+        ImportError: with the command that installs it.
+    """
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"zero_shot needs lm_eval: pip install 'greedy-helpers[eval]' ({error}). The questions in "
+            "greedy_helpers.course.choices need nothing more"
+        ) from error
 
 
 def _table(results: dict) -> pd.DataFrame:

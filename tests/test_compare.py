@@ -83,6 +83,11 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch
     assert json.loads(out.read_text()) == found
     assert list(out.parent.iterdir()) == [out]
 
+    older = json.loads(out.read_text())
+    del older["settings"]["column"]  # which version 0.2.0 did not write
+    out.write_text(json.dumps(older))
+    assert sweep(out, ["llama-mini"], recipes, [0.25], settings=SMALL, progress=False)["rows"] == found["rows"]
+
     model, tokenizer = load_model("llama-mini")
     prune(model, calibration_tokens(tokenizer, 4, 48, "code", seed=0), 0.25, Recipe("random", "none"), progress=False)
     windows = evaluation_tokens(tokenizer, 2, 48, "prose")

@@ -341,7 +341,7 @@ def test_names_that_look_like_patterns_are_names(name, tmp_path):
         ("broken.jsonl", b'{"text": "one"}\n{"text": \n', "cannot be read as json: "),
         ("broken.parquet", b"PAR1 and no more", "cannot be read as parquet: "),
         ("empty.txt", b"", "paragraphs or rows|cannot be read as text"),
-        ("one.txt", b"A single paragraph.", r"has 1 paragraphs \(with blank lines .*\) or rows, none .* 'test'"),
+        ("one.txt", b"A single paragraph.", r"has 1 paragraphs \(with blank lines between .* 'test'"),
         ("mixed.jsonl", b'{"text": "one"}\n{"text": 5}', "expected rows of one kind in .*, found '5' among them"),
         ("list.json", b"[1, 2]", "expected text, or chat messages .* found '1'"),
         ("numbers.csv", b"text,other\n1,a\n2,b\n", "expected text, or chat messages .* found '1'"),

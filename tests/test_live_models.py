@@ -125,3 +125,11 @@ def test_save_pretrained_of_a_lazy_model_names_save_pruned(tmp_path):
             model.save_pretrained(tmp_path / "model")
         assert not (tmp_path / "model").exists()
         save_pruned(model, tmp_path / f"again {model.config.hidden_size}", tokenizer)
+
+
+def test_kinds_that_a_family_lacks_are_said():
+    model = tiny_model("llama", torch.float32)
+    before = state_of(model)
+    with pytest.warns(UserWarning, match=r"no modules of the kinds \{'ffn'\}: nothing is removed"):
+        quiet(model, TOKENS, 0.25, kinds={"ffn"})
+    assert_untouched(model, before)
