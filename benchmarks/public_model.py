@@ -65,7 +65,7 @@ PUBLISHED = {
         | {"piqa acc_norm": 66.92},
         "source": "model card of lldois/SmolLM2-135M-Reasoning-SLERP-Champion, 'Benchmark Results (lm-eval, 0-shot)', "
         "column 'Baseline'",
-        "differs": "that the baseline is SmolLM2-135M-Instruct is what we read: both merged models were trained from it",
+        "differs": "we take the baseline to be SmolLM2-135M-Instruct, from which both merged models were trained",
     },
     "why ours may differ": "our weights were stored with 4 bits; lighteval has its own prompts and normalisation, and "
     "the card does not say which, nor whether a chat template was used: numbers beside ours, not to be reproduced",
