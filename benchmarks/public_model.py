@@ -60,8 +60,15 @@ PUBLISHED = {
     "winogrande": {"value": None, "reason": "on the card for the base model only (51.3)"},
     "wikitext2": {"value": None, "reason": "no perplexity on the card"},
     "c4": {"value": None, "reason": "no perplexity on the card"},
+    "by lm_eval, third party": {
+        "value": {"arc_easy acc": 54.12, "arc_challenge acc_norm": 27.73, "hellaswag acc_norm": 42.99}
+        | {"piqa acc_norm": 66.92},
+        "source": "model card of lldois/SmolLM2-135M-Reasoning-SLERP-Champion, 'Benchmark Results (lm-eval, 0-shot)', "
+        "column 'Baseline'",
+        "differs": "we take the baseline to be SmolLM2-135M-Instruct, from which both merged models were trained",
+    },
     "why ours may differ": "our weights were stored with 4 bits; lighteval has its own prompts and normalisation, and "
-    "the card does not say which, nor whether a chat template was used. A number beside it, not one to reproduce",
+    "the card does not say which, nor whether a chat template was used: numbers beside ours, not to be reproduced",
 }
 
 
