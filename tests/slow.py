@@ -99,7 +99,10 @@ class SlowStep:
 
 
 def prune_slowly(model, tokens, ratio, choose: Callable, remedy="none", damp=1e-2) -> list[SlowStep]:
-    """The method in place on `model`, with a whole dense copy beside it; `choose(module, seen, n_keep, damp)`."""
+    """The method in place on `model`, with a whole dense copy beside it; `choose(module, seen, n_keep, damp)`.
+
+    As many units go as by the allocation "floor".
+    """
     when, _, target = remedy.partition(", ")
     dense, steps = copy.deepcopy(model), []
     for number in range(len(depth2_modules(model))):
