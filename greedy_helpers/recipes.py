@@ -48,7 +48,7 @@ CRITERIA: dict[str, Criterion] = {
 
 # Criteria that look at the whole dense model first: (model, calibration, unit) -> criterion.
 PREPARED: dict[str, Callable[[PreTrainedModel, Tensor, Units], Criterion]] = {
-    f"Taylor {kind}": lambda model, tokens, unit, kind=kind: partial(
+    f"Taylor {kind}": lambda model, tokens, unit="query", kind=kind: partial(
         fixed_scores, scores=taylor_scores(model, tokens, kind, unit=unit)
     )
     for kind in ("vector", "element1", "element2", "mix")

@@ -56,7 +56,7 @@ def test_every_target_equals_the_slow_one(name, remedy):
         seen.append((what.level2.xx, what.level2.xy))
         return output_energy(module, what)
 
-    report = quiet(model, TOKENS, 0.5, criterion=criterion, remedy=remedy, batch_size=7)
+    report = quiet(model, TOKENS, 0.5, criterion=criterion, remedy=remedy, allocation="floor", batch_size=7)
     keeps = iter([step.keep for step in report.steps])
     steps = prune_slowly(slow, TOKENS, sizes_of(report), lambda *_: next(keeps), remedy)
     assert [step.error for step in report.steps] == pytest.approx([step.error for step in steps], rel=1e-4)
@@ -78,7 +78,7 @@ def test_every_target_equals_the_slow_one(name, remedy):
 def test_the_recommended_recipe_equals_brute_force(name, width, damp):
     model = tiny_model(name, **{width: 20})
     slow = copy.deepcopy(model)
-    recipe = replace(RECOMMENDED, damp=damp)
+    recipe = replace(RECOMMENDED, damp=damp, allocation="floor")
     report = prune(model, TOKENS, 0.5, recipe, batch_size=7, progress=False)
     steps = prune_slowly(slow, TOKENS, sizes_of(report), exact_greedy_slowly, "both, residual", damp)
     assert [step.keep.tolist() for step in report.steps] == [step.keep.tolist() for step in steps]
