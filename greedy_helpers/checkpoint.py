@@ -29,8 +29,7 @@ from .data import EMBEDDED
 from .files import replace_folder, sha256_of
 from .large.lazy import is_lazy
 from .large.on_disk import cast, check_keys, load_lazily, misfit, stored_tensors, write_lazily
-from .loading import load_tokenizer_of, model_class, read_config, refuse_quantized, without_report
-from .public import PUBLIC, place_of
+from .loading import load_tokenizer_of, model_class, read_config, refuse_quantized, resolve, without_report
 from .reconstruct import add_to_bias
 from .structure import depth2_modules, linears_of, weight_of
 from .surgery import remove_units
@@ -38,9 +37,6 @@ from .surgery import remove_units
 if TYPE_CHECKING:
     from .report import PruneReport
 
-_PACKAGE = Path(__file__).resolve().parent
-# In a clone the models are in data/; an installed wheel carries them inside the package.
-_EMBEDDED_FOLDERS = (_PACKAGE / "embedded", _PACKAGE.parent / "data")
 MANIFEST = "pruned.json"
 _FORMAT = {"format": "greedy_helpers pruned model", "version": 1}
 
@@ -76,7 +72,7 @@ def load_model(
             or does not fit, see :func:`load_pruned`.
         UnsupportedModule: an encoder-decoder model.
     """
-    place, is_local = _resolve(str(name_or_path))
+    place, is_local = resolve(str(name_or_path))
     trust = bool(placement.pop("trust_remote_code", False))
     try:
         values = PreTrainedConfig.get_config_dict(place)[0]
@@ -103,7 +99,7 @@ def check_config(name_or_path: str | Path) -> PreTrainedConfig | None:
     Raises:
         ValueError, UnsupportedModule: as :func:`load_model`.
     """
-    place = _resolve(str(name_or_path))[0]
+    place = resolve(str(name_or_path))[0]
     try:
         return read_config(place, PreTrainedConfig.get_config_dict(place)[0])
     except OSError:  # load_model says what is missing
@@ -126,7 +122,7 @@ def model_without_weights(name_or_path: str | Path) -> PreTrainedModel | None:
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer alone, without the weights; names as in :func:`load_model`."""
-    return load_tokenizer_of(_resolve(str(name_or_path))[0], trust_remote_code)
+    return load_tokenizer_of(resolve(str(name_or_path))[0], trust_remote_code)
 
 
 def load_pruned(
@@ -206,42 +202,6 @@ def _load(loader, place: str, config: PreTrainedConfig, device, dtype, lazy=Fals
         with suppress(OSError):  # nothing is looked up, the files have just been read
             refuse_quantized(snapshot_download(place, local_files_only=True), {})
     return model.to(device).eval() if placement.get("device_map") is None else model.eval(), tokenizer
-
-
-def _resolve(name: str) -> tuple[str, bool]:
-    if name in PUBLIC:
-        place = place_of(name)
-        return place, Path(place).is_dir()
-    if name in EMBEDDED:
-        found = [folder / name for folder in _EMBEDDED_FOLDERS if (folder / name).is_dir()]
-        if not found:
-            raise FileNotFoundError(f"load_model: the embedded model {name!r} is in none of {_EMBEDDED_FOLDERS}")
-        folder = found[0]
-    else:
-        folder = Path(name).expanduser()
-        if folder.suffix.lower() == ".gguf" or (folder.is_dir() and _only_gguf(folder)):
-            raise ValueError(
-                f"load_model: {folder}: GGUF weights are quantized; load the full-precision checkpoint they were made "
-                "from, prune it, save it with export_plain, and convert that"
-            )
-        if not folder.is_dir():
-            # "org/model" may be on the Hub; anything that can only be a path is missing.
-            if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-                raise FileNotFoundError(f"load_model: expected a model folder at {folder}, found nothing there")
-            return name, False
-    files = {path.name for path in folder.iterdir()}
-    weights = any(file.endswith(".safetensors") or file.startswith("pytorch_model") for file in files)
-    missing = [need for need, there in {"config.json": "config.json" in files, "weights": weights}.items() if not there]
-    if missing:
-        raise FileNotFoundError(
-            f"load_model: {folder} is not a complete model folder: expected config.json and *.safetensors, "
-            f"found {sorted(files) or 'nothing'} (missing: {', '.join(missing)})"
-        )
-    return str(folder), True
-
-
-def _only_gguf(folder: Path) -> bool:
-    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_mod*"))
 
 
 def _loader_of_pruned(config: PreTrainedConfig) -> type[PreTrainedModel]:
