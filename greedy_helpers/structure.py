@@ -92,7 +92,7 @@ class Depth2Module:
     level2: ChannelGroup
     layout: ModuleLayout
     sizes: dict[str, int]
-    unit: Literal["query head", "KV head", "head", "channel"]
+    unit: Literal["query head", "KV head", "head", "channel"] = "channel"
 
     @property
     def n_units(self) -> int:

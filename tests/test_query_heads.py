@@ -10,7 +10,7 @@ import torch
 from conftest import assert_same_model, assert_same_report, assert_untouched, calibration, quiet, state_of
 from families_report import assert_removing_equals_zeroing, logits_of, some_tokens, units_of
 from tiny import CONFIGS, tiny_model, unit_sets
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from greedy_helpers import (
@@ -436,25 +436,3 @@ def test_discovery_proves_any_number_of_query_heads_per_kv_head(per_kv):
     twin = tiny_model("llama", **sizes)
     found = discover(twin, twin=twin)
     assert [layout.kind for layout in found.modules] == ["attention", "gated_ffn"]
-
-
-# --- what it saves
-
-
-@pytest.mark.parametrize("name", ["mistral", "falcon-40b", "phi3"])
-def test_kv_heads_shrink_the_cache_and_query_heads_do_not(name):
-    """Falcon's class repeats keys and values for all query heads before it caches them."""
-
-    def cache_bytes(model):
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(some_tokens(1, 7), past_key_values=cache, use_cache=True)
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-    whole, sizes = cache_bytes(tiny_model(name)), {}
-    for unit in ("query", "kv"):
-        model = tiny_model(name)
-        for module in depth2_modules(model, kinds={"attention"}, unit=unit):
-            remove_units(module, unit_sets(module)[:, :1].flatten())
-        sizes[unit] = cache_bytes(model)
-    assert sizes == {"query": whole / 3 if name == "falcon-40b" else whole, "kv": whole / 2}
