@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .layouts import channel_index
 from .moments import Moments
 from .reconstruct import ridge
-from .structure import Depth2Module, Units, check_tokens, depth2_modules, eval_mode, weight_of
+from .structure import Depth2Module, UnitChoice, check_tokens, depth2_modules, eval_mode, weight_of
 
 
 class Passes(Protocol):
@@ -340,7 +340,7 @@ def taylor_scores(
     kind: str = "element1",
     batch_size: int = 1,
     *,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
 ) -> dict[str, Tensor]:
     """LLM-Pruner's criterion (Ma et al., arXiv 2305.11627): the first or second order change of the loss.
 

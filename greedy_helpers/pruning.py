@@ -31,7 +31,7 @@ from .report import PruneReport, PruneStep
 from .stream import Streams, walk, windows_per_batch
 from .structure import (
     Depth2Module,
-    Units,
+    UnitChoice,
     UnsupportedModule,
     blocks_of,
     blocks_path,
@@ -52,7 +52,7 @@ class Job:
     remedy: Remedy
     damp: float
     plan: Plan
-    unit: Units = "query"
+    unit: UnitChoice = "query"
     precision: torch.dtype = torch.float64
 
 
@@ -125,7 +125,7 @@ def prune(
     plan: Plan | None = None,
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     store: torch.device | str | None = None,
@@ -213,7 +213,7 @@ def scores_of(
     *,
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
     damp: float = 1e-2,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
@@ -263,7 +263,7 @@ def _check_arguments(
     plan: Plan | None,
     blocks: Iterable[int] | None,
     kinds: Iterable[Kind] | None,
-    unit: Units,
+    unit: UnitChoice,
     work_dir: str | Path | None,
 ) -> list[Depth2Module]:
     """The modules to prune, or the reason why not: see :func:`prune`."""

@@ -27,7 +27,7 @@ from .criteria import (
 )
 from .greedy import exact_greedy
 from .remedies import REMEDIES, Remedy
-from .structure import Depth2Module, Units
+from .structure import Depth2Module, UnitChoice
 
 # Names of criteria, for recipes, tables and the command line.
 CRITERIA: dict[str, Criterion] = {
@@ -47,7 +47,7 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 # Criteria that look at the whole dense model first: (model, calibration, unit) -> criterion.
-PREPARED: dict[str, Callable[[PreTrainedModel, Tensor, Units], Criterion]] = {
+PREPARED: dict[str, Callable[[PreTrainedModel, Tensor, UnitChoice], Criterion]] = {
     f"Taylor {kind}": lambda model, tokens, unit="query", kind=kind: partial(
         fixed_scores, scores=taylor_scores(model, tokens, kind, unit=unit)
     )
@@ -151,7 +151,9 @@ class Recipe:
         spread = "" if self.allocation in ("uniform", "floor") else f", {self.allocation}"  # both: equal shares
         return names["criterion"] + spread + remedy
 
-    def resolved(self, model: PreTrainedModel, calibration: Tensor, unit: Units = "query") -> tuple[Criterion, Remedy]:
+    def resolved(
+        self, model: PreTrainedModel, calibration: Tensor, unit: UnitChoice = "query"
+    ) -> tuple[Criterion, Remedy]:
         """The functions that the names stand for. Some criteria look at the dense model now."""
         criterion, remedy = self.criterion, self.remedy
         if isinstance(criterion, str):

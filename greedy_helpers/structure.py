@@ -64,7 +64,7 @@ class ChannelGroup:
 
 
 Unit = Literal["query", "kv"]  # of attention whose query heads share KV heads
-Units = Unit | Mapping[str, Unit]  # one for all modules, or by module name
+UnitChoice = Unit | Mapping[str, Unit]  # one for all modules, or by module name
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Depth2Module:
 
     @property
     def n_sets(self) -> int:
-        """Units come in so many sets of equal size, one after the other, that have to lose the same number each.
+        """UnitChoice come in so many sets of equal size, one after the other, that have to lose the same number each.
 
         The query heads of each KV head are a set; other units are all in one.
         """
@@ -280,7 +280,7 @@ def depth2_modules(
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
     *,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
     family: Family | None = None,
 ) -> list[Depth2Module]:
     """All depth-2 modules in execution order (attention, FFN, attention, ...), or those of some blocks or kinds.
@@ -323,7 +323,7 @@ def depth2_modules(
     return modules
 
 
-def _check_unit(unit: Units, names: set[str]) -> None:
+def _check_unit(unit: UnitChoice, names: set[str]) -> None:
     by_name = unit if isinstance(unit, Mapping) else {}
     for found in by_name.values() if isinstance(unit, Mapping) else [unit]:
         if found not in get_args(Unit):
