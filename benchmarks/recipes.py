@@ -3,7 +3,8 @@
     python benchmarks/recipes.py --model smollm2-135m --calibration "c4.jsonl[:800]" \
         --text "WikiText-2=wiki.test.raw" "C4=c4.jsonl[800:1000]" --out data/results/smollm2_recipes.json
 
-Adds the rows that are missing to the file, one by one: run it again to go on. Text is recorded by its sha256.
+Adds the rows that are missing to the file, one by one: run it again to go on. Text is recorded by its sha256. With
+`--picture FILE.png` nothing is measured: what is recorded in `--out` is drawn, as the README shows it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -38,11 +40,36 @@ def digest(tokens: torch.Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
+def draw(found: dict, file: Path) -> None:
+    """Excess log-perplexity per recipe and unit, a dot per text."""
+    from matplotlib import pyplot as plt
+
+    from greedy_helpers.course import plots
+
+    plots.use_course_style()
+    rows = sorted(found["rows"], key=lambda row: -sum(row[text] for text in found["dense"]))
+    names = [f"{row['recipe']} ({'query' if row['unit'] == 'query' else 'KV'} heads)" for row in rows]
+    fig, ax = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained", facecolor="white")
+    for number, (text, dense) in enumerate(found["dense"].items()):
+        excess = [math.log(row[text] / dense) for row in rows]
+        ax.plot(excess, names, "os"[number], color=f"C{number}", label=f"{text} (dense perplexity {dense:.1f})")
+        for y, (x, row) in enumerate(zip(excess, rows, strict=True)):
+            ax.annotate(f"{row[text]:.0f}", (x, y), (0, 6 if number == 0 else -11), textcoords="offset points",
+                        ha="center", fontsize=8, color=f"C{number}")  # fmt: skip
+    ax.set_xlim(0, 1.08 * ax.get_xlim()[1])
+    ax.set_xlabel("excess loss, nats per token (the numbers: perplexity)")
+    fig.suptitle("SmolLM2-135M without a quarter of its blocks, no retraining", fontsize=13)
+    ax.margins(y=0.12)
+    ax.grid(axis="y", alpha=0.3)
+    fig.legend(loc="outside lower center", ncols=2)
+    fig.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="folder or name, as load_model takes it")
-    parser.add_argument("--calibration", required=True, help="text source")
-    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=SOURCE", help="held-out text")
+    parser.add_argument("--calibration", help="text source")
+    parser.add_argument("--text", nargs="+", default=[], metavar="NAME=SOURCE", help="held-out text")
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--unit", nargs="+", choices=["query", "kv"], default=["query", "kv"])
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.25])
@@ -51,7 +78,12 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=32, help="windows of 512 held-out tokens per text")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    if args.picture:
+        return draw(json.loads(args.out.read_text()), args.picture)
+    if not args.calibration or not args.text:
+        parser.error("--calibration and --text are needed to measure")
     torch.set_num_threads(args.threads)
 
     dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
