@@ -100,7 +100,7 @@ class Depth2Module:
 
     @property
     def n_sets(self) -> int:
-        """UnitChoice come in so many sets of equal size, one after the other, that have to lose the same number each.
+        """Units come in so many sets of equal size, one after the other, that have to lose the same number each.
 
         The query heads of each KV head are a set; other units are all in one.
         """
