@@ -251,7 +251,7 @@ def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, to
     assert [step["units_after"] for step in manifest["report"]["steps"]] == [3, 60, 3, 60]
     card = (folder / "README.md").read_text()
     for fact in (
-        "| asked for | 0.25 of the units of each of 4 modules in blocks 0 to 1 |",
+        "| asked for | 25% of the parameters of 4 modules in blocks 0 to 1 |",
         "| criterion | second moment |",
         "| calibration | 144 tokens |",
         "| perplexity before | 14.25 |",
@@ -261,7 +261,7 @@ def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, to
 
 
 def test_the_card_counts_what_was_removed(tmp_path):
-    """A ratio is of units: 1 of 4 heads and 20 of 80 channels, which is another share of the parameters."""
+    """One of 4 heads and 20 of 80 channels, and what share of the parameters that is, norms included."""
     model = tiny_model("llama", torch.float32)
     before = count_parameters(model)
     for module in depth2_modules(model):
@@ -276,7 +276,7 @@ def test_the_card_counts_what_was_removed(tmp_path):
         assert f"{kind} | {second} of {whole} left |" in (twice / "README.md").read_text()
     for name, key in {"the blocks": "blocks", "the model": "total"}.items():
         share = 1 - after[key] / before[key]
-        row = f"| parameters of {name} | {after[key]:,} of {before[key]:,} left ({share:.1%} removed) |"
+        row = f"| parameters of {name} | {after[key]:,} of {before[key]:,} left ({share:.2%} removed) |"
         assert row in (once / "README.md").read_text()
 
 
