@@ -196,7 +196,8 @@ def _short(value: object) -> str:
     return repr(value)
 
 
-# The default everywhere: ahead of PAPER and FLAP wherever we measured, level with OSSCAR (notebook 09).
+# The default everywhere: on the embedded models ahead of PAPER and FLAP and level with OSSCAR (notebook 09), which is
+# ahead of it on SmolLM2-135M (data/results/smollm2_recipes.json).
 RECOMMENDED = Recipe()
 # Li, Dong, Lei (arXiv 2407.19126): the second moment, level 1 and level 2 refitted before the cut.
 PAPER = Recipe("second moment", "pre", allocation="floor")
