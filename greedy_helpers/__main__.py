@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pandas as pd
 import torch
@@ -18,19 +18,20 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from .allocation import check_ratio
-from .checkpoint import MANIFEST, check_config, load_model, load_tokenizer, save_pruned
+from .checkpoint import MANIFEST, check_config, load_model, load_tokenizer, model_without_weights, save_pruned
 from .compare import Settings, frame, recipe_of, sweep
 from .course.choices import choice_tasks
 from .course.multiple_choice import multiple_choice
 from .data import EMBEDDED, calibration_tokens, default_sources
 from .data_free import self_generated_tokens
-from .evaluate import Text, evaluate_text, generate_text, read_text, window_starts
+from .evaluate import Text, evaluate_text, generate_text, prompt_ids, read_text, window_starts
 from .large import distributed
 from .pruning import prune as prune_model
 from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
 from .remedies import REMEDIES
-from .structure import count_parameters
-from .tasks import zero_shot
+from .structure import Unit, check_tokens, count_parameters, depth2_modules
+from .task_files import hub_rows
+from .tasks import check_lm_eval, zero_shot
 
 _EXAMPLES = """\b
 examples:
@@ -41,6 +42,7 @@ examples:
   python -m greedy_helpers evaluate llama-mini pruned --windows 48
   python -m greedy_helpers evaluate llama-mini pruned --windows 48 --choices 150
   python -m greedy_helpers evaluate org/model pruned --tasks boolq --tasks piqa --tasks hellaswag
+  python -m greedy_helpers evaluate org/model pruned --sources wiki.test.raw --seq 2048 --tasks piqa --data folder
   python -m greedy_helpers compare llama-mini --criteria L2 --criteria "output energy" --remedies none --out sweep.json
   python -m greedy_helpers generate pruned --prompt "import os"
 
@@ -95,6 +97,8 @@ def _blocks(text: str) -> range:
     first, _, end = text.partition(":")
     if not (first.isdigit() and end.isdigit()):
         raise typer.BadParameter(f"expected FIRST:END, e.g. 4:30, found {text!r}")
+    if int(first) >= int(end):
+        raise typer.BadParameter(f"expected FIRST below END, found {text!r}, which are no blocks")
     return range(int(first), int(end))
 
 
@@ -105,6 +109,11 @@ _Allocation = Option(
     parser=_one_of(ALLOCATIONS),
     metavar="NAME",
     help=f"{' | '.join(ALLOCATIONS)}; floor: --ratio is of every module's units, rounded down, as in the paper",
+)
+_Unit = Option(
+    parser=_one_of(get_args(Unit)),
+    metavar="NAME",
+    help="query | kv: what goes where query heads share KV heads; kv: whole KV heads, which shrinks the cache",
 )
 _Dtype = Option(parser=_one_of(_DTYPES), metavar="NAME", help=f"{' | '.join(_DTYPES)}; default: float32 on a CPU")
 _Blocks = Option(parser=_blocks, metavar="FIRST:END", help="prune these only, e.g. 4:30; default: all")
@@ -124,8 +133,14 @@ def _recipe(name: str, seed: int, **given: str | float | None) -> Recipe:
     return recipe_of({**recipe.names, "seed": seed}, recipe.damp)
 
 
+def _check_structure(name: str, seq: int, blocks: range | None = None) -> None:
+    """Refuse what a model's config already rules out: its family, windows beyond its context, blocks it lacks."""
+    if (model := model_without_weights(name)) is not None:
+        depth2_modules(model, blocks)
+        check_tokens(model, torch.zeros(1, seq, dtype=torch.long))
+
+
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    check_config(name)
     try:
         return load_tokenizer(name)
     except FileNotFoundError:
@@ -149,7 +164,7 @@ def _check_device(*devices: str | None) -> None:
 
 @app.command()
 def prune(
-    model: Annotated[str, Argument(help="embedded name, local folder or Hub id")],
+    model: Annotated[str, Argument(help="llama-mini, gpt2-mini, smollm2-135m, a local folder or a Hub id")],
     folder: Annotated[Path, Argument(help="where to save the pruned model")],
     ratio: Annotated[float, Option(help="share of the parameters of the modules to prune; see --allocation")] = 0.25,
     recipe: Annotated[str, _Recipe] = "recommended",
@@ -158,6 +173,7 @@ def prune(
     allocation: Annotated[str | None, _Allocation] = None,
     damp: Annotated[float | None, Option(help="of every refit, a share of the mean diagonal; default: 0.01")] = None,
     blocks: Annotated[Any, _Blocks] = None,
+    unit: Annotated[str, _Unit] = "query",
     overwrite: Annotated[bool, Option("--overwrite", help="replace an existing folder")] = False,
     calibration: _Calibration = 64,
     seq: _Seq = 256,
@@ -179,6 +195,7 @@ def prune(
         raise ValueError("--lazy needs a --work-dir for the pruned blocks")
     check_ratio(ratio)
     _check_device(device, store)
+    _check_structure(model, seq, blocks)
     place = distributed.start(device)
     source = source or "+".join(default_sources(model).values())
     if source != "self-generated":  # before the weights are loaded, as most mistakes are about text
@@ -187,7 +204,7 @@ def prune(
     if source == "self-generated":
         start = "random" if tokenizer is None else "separator"
         tokens = self_generated_tokens(whole, tokenizer, calibration, seq, start=start, seed=seed)
-    how = {"blocks": blocks, "batch_size": batch_size, "work_dir": work_dir, "store": store}
+    how = {"blocks": blocks, "unit": unit, "batch_size": batch_size, "work_dir": work_dir, "store": store}
     if lazy:  # the embeddings are in the CPU's memory, the blocks come to the device
         how["device"] = place or ("cuda" if torch.cuda.is_available() else "cpu")
     report = prune_model(whole, tokens, ratio, method, **how)
@@ -209,13 +226,23 @@ def evaluate(
     column: _Column = "text",
     choices: Annotated[int | None, Option(min=2, help="also so many multiple-choice items per held-out text")] = None,
     tasks: Annotated[list[str] | None, Option(help="also a task of lm_eval, or a YAML file; repeatable")] = None,
+    data: Annotated[Path | None, Option(help="folder with the tasks' published files; default: the Hub")] = None,
     limit: Annotated[int | None, Option(help="items per task of lm_eval; default: all")] = None,
     device: str | None = None,
 ) -> tuple[dict, str]:
     """Perplexity, accuracy and parameters of models, dense or pruned."""
     if choices is not None and column != "text":
         raise ValueError(f"--choices are made from the column 'text' only, found --column {column}")
+    if data is not None:
+        if not tasks:
+            raise ValueError("--data is where --tasks find their files; name the tasks, e.g. --tasks piqa")
+        for task in tasks:
+            hub_rows(data, task)  # refuses what is not there
     _check_device(device)
+    if tasks:
+        check_lm_eval()
+    for name in models:
+        _check_structure(name, seq)
     found, asked = {}, {name: _texts(name, sources, column) for name in models}
     for texts in asked.values():
         for _, text in texts.values():
@@ -231,7 +258,7 @@ def evaluate(
             items = choice_tasks(named, choices)
             row["choices"] = {k: multiple_choice(model, tokenizer, task).to_dict() for k, task in items.items()}
         if tasks:
-            table = zero_shot(model, tokenizer, tasks, limit=limit).astype(object)
+            table = zero_shot(model, tokenizer, tasks, data=data, limit=limit).astype(object)
             row["tasks"] = table.where(table.notna(), None).to_dict("index")  # JSON has no NaN
         found[name] = row
     return found, "\n".join(_in_words(name, row) for name, row in found.items())
@@ -269,14 +296,20 @@ def compare(
     calibration: _Calibration = 32,
     seq: _Seq = 256,
     source: Annotated[str | None, Option(help="of the calibration windows, as for prune")] = None,
+    column: _Column = "text",
+    unit: Annotated[str, _Unit] = "query",
 ) -> tuple[dict, str]:
     """A grid of recipes, resumable: repeat the command to go on."""
     recipes = [Recipe(criterion, remedy) for criterion in criteria for remedy in remedies]
     for ratio in ratios:
         check_ratio(ratio)
     for name in models:
-        _tokenizer(name)  # refuses what has none
-    found = sweep(out, models, recipes, ratios, seeds, Settings(calibration, windows, seq, source))
+        _check_structure(name, seq)
+        tokenizer = _tokenizer(name)  # refuses what has none
+        if source is not None:
+            calibration_tokens(tokenizer, calibration, seq, source, column=column)
+    settings = Settings(calibration, windows, seq, source, unit=unit, column=column)
+    found = sweep(out, models, recipes, ratios, seeds, settings)
     columns = ["model", "ratio", "method", "seed", *next(iter(found["dense"].values())), "blocks left", "seconds"]
     return found, frame(found)[columns].to_string(index=False, float_format="{:.3f}".format)
 
@@ -285,14 +318,15 @@ def compare(
 def generate(
     model: str,
     prompt: Annotated[str, Option()],
-    tokens: int = 64,
-    temperature: float = 0.0,
+    tokens: Annotated[int, Option(min=1)] = 64,
+    temperature: Annotated[float, Option(min=0)] = 0.0,
     seed: int = 0,
     device: str | None = None,
 ) -> tuple[dict, str]:
     """Let a model continue a prompt."""
     _check_device(device)
-    _tokenizer(model)  # refuses what has none
+    config = check_config(model)
+    prompt_ids(config, _tokenizer(model), prompt)  # refuses one that is empty, or too long
     found, tokenizer = load_model(model, device)
     text = generate_text(found, tokenizer, prompt, tokens, temperature=temperature, seed=seed)
     return {"text": text}, text

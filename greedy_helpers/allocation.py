@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .structure import Depth2Module, Units, blocks_of, count_parameters, depth2_modules, weight_of
+from .structure import Depth2Module, UnitChoice, blocks_of, count_parameters, depth2_modules, weight_of
 
 Plan = Mapping[str, int]
 
@@ -153,8 +153,8 @@ def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int, *, multiple
         )
     plan = plan_of(n_parameters)
     if n_parameters > 0:
-        share = f"{100 * n_parameters / total:.3g}% of their parameters"
-        warn_of_whole(modules, plan, f"the number of units nearest to {share} is none")
+        share = f"{100 * n_parameters / total:.3g}%"
+        warn_of_whole(modules, plan, f"the number of units nearest to {share} of their parameters is none")
     return plan
 
 
@@ -322,7 +322,7 @@ def check_plan(
     model: PreTrainedModel,
     plan: Plan,
     chosen: Collection[str] | None = None,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
 ) -> None:
     """Refuse a plan that names modules the model lacks, or keeps none or more than all of their units.
 

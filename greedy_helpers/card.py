@@ -50,15 +50,18 @@ def model_card(
         dense: the model before any pruning; the meta device is enough.
         report: adds what was asked for, and how it was done.
         details: further rows. `"base model"`, or the place that the model was loaded from, becomes the card's
-            `base_model` if it is a Hub id.
+            `base_model` if it is a Hub id. Weights that were dequantised (:mod:`greedy_helpers.public`) say so.
     """
-    details = details or {}
+    details, origin = details or {}, getattr(model.config, "dequantized_from", None) or {}
     data = ModelCardData(
-        base_model=_hub_id(details.get("base model") or model.name_or_path),
+        base_model=origin.get("model") or _hub_id(details.get("base model") or model.name_or_path),
+        license=origin.get("license"),
         library_name="greedy-helpers",  # plain transformers refuses blocks of different sizes
         tags=["structured-pruning"],
     )
     rows = {"architecture": type(dense).__name__}
+    if origin:
+        rows["weights before pruning"] = "{weights}, dequantised: {file} of {package}".format(**origin)
     if report is not None:
         rows["asked for"] = report.asked
         rows["removed from these modules"] = f"{report.removed['modules']:.2%} of their parameters"
@@ -100,9 +103,10 @@ def _removed(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, str]:
 
 
 def _units(model: PreTrainedModel) -> dict[str, int]:
-    attention = [m for m in depth2_modules(model, unit="kv") if m.kind == "attention"]
+    modules = depth2_modules(model, unit="kv")
+    attention = [module for module in modules if module.kind == "attention"]
     return {
         "attention heads": sum(module.n_units * module.group for module in attention),
         "KV heads": sum(module.n_units for module in attention),
-        "FFN channels": sum(module.n_units for module in depth2_modules(model) if module.kind != "attention"),
+        "FFN channels": sum(module.n_units for module in modules if module.kind != "attention"),
     }

@@ -29,7 +29,7 @@ from .data import EMBEDDED
 from .files import replace_folder, sha256_of
 from .large.lazy import is_lazy
 from .large.on_disk import cast, check_keys, load_lazily, misfit, stored_tensors, write_lazily
-from .loading import load_tokenizer_of, model_class, read_config, refuse_quantized, without_report
+from .loading import load_tokenizer_of, model_class, read_config, refuse_quantized, resolve, without_report
 from .reconstruct import add_to_bias
 from .structure import depth2_modules, linears_of, weight_of
 from .surgery import remove_units
@@ -37,9 +37,6 @@ from .surgery import remove_units
 if TYPE_CHECKING:
     from .report import PruneReport
 
-_PACKAGE = Path(__file__).resolve().parent
-# In a clone the models are in data/; an installed wheel carries them inside the package.
-_EMBEDDED_FOLDERS = (_PACKAGE / "embedded", _PACKAGE.parent / "data")
 MANIFEST = "pruned.json"
 _FORMAT = {"format": "greedy_helpers pruned model", "version": 1}
 
@@ -55,7 +52,8 @@ def load_model(
     """(model, tokenizer), the model in eval mode; no tokenizer if a local folder has none.
 
     Args:
-        name_or_path: an embedded model (`"llama-mini"`, `"gpt2-mini"`), a local folder (dense or saved by
+        name_or_path: an embedded model (`"llama-mini"`, `"gpt2-mini"`), the public model that `make real` installs
+            (`"smollm2-135m"`, see :mod:`greedy_helpers.public`), a local folder (dense or saved by
             :func:`save_pruned`), or a Hugging Face Hub id (`"openai-community/gpt2"`).
         device: default: CUDA where there is one, else the CPU.
         dtype: default: float32 on the CPU, the checkpoint's own on an accelerator.
@@ -74,7 +72,7 @@ def load_model(
             or does not fit, see :func:`load_pruned`.
         UnsupportedModule: an encoder-decoder model.
     """
-    place, is_local = _resolve(str(name_or_path))
+    place, is_local = resolve(str(name_or_path))
     trust = bool(placement.pop("trust_remote_code", False))
     try:
         values = PreTrainedConfig.get_config_dict(place)[0]
@@ -95,21 +93,36 @@ def load_model(
         ) from error
 
 
-def check_config(name_or_path: str | Path) -> None:
-    """Refuse a local folder by its config.json alone, before anything else is read.
+def check_config(name_or_path: str | Path) -> PreTrainedConfig | None:
+    """The config of a model, or its refusal by that alone, before anything else is read; None if it cannot be read.
 
     Raises:
         ValueError, UnsupportedModule: as :func:`load_model`.
     """
-    place, is_local = _resolve(str(name_or_path))
-    file = Path(place) / "config.json"
-    if is_local and file.is_file():
-        read_config(place, json.loads(file.read_text()))
+    place = resolve(str(name_or_path))[0]
+    try:
+        return read_config(place, PreTrainedConfig.get_config_dict(place)[0])
+    except OSError:  # load_model says what is missing
+        return None
+
+
+def model_without_weights(name_or_path: str | Path) -> PreTrainedModel | None:
+    """The model that :func:`load_model` would load, on the meta device: its structure. None as for the config.
+
+    Raises:
+        ValueError, UnsupportedModule: as :func:`load_model`.
+    """
+    if (config := check_config(name_or_path)) is None:
+        return None
+    ours = getattr(config, "pruned_units", None) or getattr(config, "added_biases", None)
+    loader = _loader_of_pruned(config) if ours else model_class(str(name_or_path), config)
+    with torch.device("meta"):
+        return loader(config)
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer alone, without the weights; names as in :func:`load_model`."""
-    return load_tokenizer_of(_resolve(str(name_or_path))[0], trust_remote_code)
+    return load_tokenizer_of(resolve(str(name_or_path))[0], trust_remote_code)
 
 
 def load_pruned(
@@ -191,39 +204,6 @@ def _load(loader, place: str, config: PreTrainedConfig, device, dtype, lazy=Fals
     return model.to(device).eval() if placement.get("device_map") is None else model.eval(), tokenizer
 
 
-def _resolve(name: str) -> tuple[str, bool]:
-    if name in EMBEDDED:
-        found = [folder / name for folder in _EMBEDDED_FOLDERS if (folder / name).is_dir()]
-        if not found:
-            raise FileNotFoundError(f"load_model: the embedded model {name!r} is in none of {_EMBEDDED_FOLDERS}")
-        folder = found[0]
-    else:
-        folder = Path(name).expanduser()
-        if folder.suffix.lower() == ".gguf" or (folder.is_dir() and _only_gguf(folder)):
-            raise ValueError(
-                f"load_model: {folder}: GGUF weights are quantized; load the full-precision checkpoint they were made "
-                "from, prune it, save it with export_plain, and convert that"
-            )
-        if not folder.is_dir():
-            # "org/model" may be on the Hub; anything that can only be a path is missing.
-            if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-                raise FileNotFoundError(f"load_model: expected a model folder at {folder}, found nothing there")
-            return name, False
-    files = {path.name for path in folder.iterdir()}
-    weights = any(file.endswith(".safetensors") or file.startswith("pytorch_model") for file in files)
-    missing = [need for need, there in {"config.json": "config.json" in files, "weights": weights}.items() if not there]
-    if missing:
-        raise FileNotFoundError(
-            f"load_model: {folder} is not a complete model folder: expected config.json and *.safetensors, "
-            f"found {sorted(files) or 'nothing'} (missing: {', '.join(missing)})"
-        )
-    return str(folder), True
-
-
-def _only_gguf(folder: Path) -> bool:
-    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_mod*"))
-
-
 def _loader_of_pruned(config: PreTrainedConfig) -> type[PreTrainedModel]:
     name = (config.architectures or ["none"])[0]
     base = getattr(transformers, name, None)
@@ -242,8 +222,7 @@ def _cut_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         for name, left in (getattr(config, "pruned_units", None) or {}).items():
             if name not in blocks:
                 raise ValueError(f"load_pruned: config.json names the module {name!r}, which the model lacks")
-            for unit, n_units in left.items() if isinstance(left, dict) else [("kv", left)]:
-                _cut_to(self, name, blocks[name], unit, n_units)
+            _cut_to(self, name, blocks[name], left)
         linears = linears_of(self)
         for path in getattr(config, "added_biases", None) or ():  # filled with what was saved
             if path not in linears:
@@ -268,14 +247,18 @@ def _cut_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(base.__name__, (base,), attributes | {method.__name__: method for method in methods})
 
 
-def _cut_to(model: PreTrainedModel, name: str, block: int, unit: str, n_units: object) -> None:
-    """Give a module of a dense model the size that config.json says; the weights come later."""
-    (module,) = (module for module in depth2_modules(model, [block], unit=unit) if module.name == name)
-    sets, most = module.n_sets, module.n_units
-    if type(n_units) is not int or not 1 <= n_units <= most or n_units % sets:
-        found = f"expected {sets} to {most} {module.unit}s{f', a multiple of {sets}' * (sets > 1)}, found {n_units!r}"
-        raise ValueError(f"load_pruned: config.json: {name}: {found}")
-    remove_units(module, keep_best(torch.zeros(most, device="cpu"), n_units, sets))
+def _cut_to(model: PreTrainedModel, name: str, block: int, left: object) -> None:
+    """Give a module of a dense model the size that config.json says, see :func:`_units_of`; the weights come later."""
+    left = left if isinstance(left, dict) else {"kv": left}
+    if not left.keys() <= {"kv", "query"}:
+        raise ValueError(f"load_pruned: config.json: {name}: expected the numbers of KV and query heads, found {left}")
+    for unit in ("kv", "query")[: len(left)]:
+        (module,) = (module for module in depth2_modules(model, [block], unit=unit) if module.name == name)
+        n_units, sets, most = left.get(unit), module.n_sets, module.n_units
+        if type(n_units) is not int or not 1 <= n_units <= most or n_units % sets:
+            expected = f"{sets} to {most} {module.unit}s" + (f", a multiple of {sets}" if sets > 1 else "")
+            raise ValueError(f"load_pruned: config.json: {name}: expected {expected}, found {n_units!r}")
+        remove_units(module, keep_best(torch.zeros(most, device="cpu"), n_units, sets))
 
 
 def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:
@@ -317,6 +300,7 @@ def save_pruned(
         ValueError: the model holds weights that its class would not load again, or lacks some that it would need.
         TypeError, UnsupportedModule: a wrapped, adapted or quantized model.
     """
+    model = getattr(model, "_orig_mod", model)  # inside what torch.compile returned
     cut = _cut_of(model)
 
     def write(partial: Path) -> None:
@@ -389,12 +373,12 @@ def _cut_of(model: PreTrainedModel) -> dict[str, Any]:
     if getattr(transformers, name, None) is not dense_class(model):
         raise ValueError(f"save_pruned: expected a class of transformers, found {name}: it could not be loaded again")
     units, dense = _units_of(model, whole), _units_of(whole, whole)
-    theirs, linears = whole.state_dict().keys(), linears_of(whole)
+    ours, theirs, linears = model.state_dict().keys(), whole.state_dict().keys(), linears_of(whole)
     cut = {
         "architectures": [name],
         "pruned_units": {module: left for module, left in units.items() if left != dense[module]},
         # FLAP's remedy leaves biases in layers that had none; anybody may add one.
-        "added_biases": [p for p in linears if f"{p}.bias" not in theirs and linears_of(model)[p].bias is not None],
+        "added_biases": [p for p in linears if f"{p}.bias" in ours - theirs],
     }
     head, tied = model.get_output_embeddings(), getattr(model.config, "tie_word_embeddings", None)
     if head is not None and tied != (head.weight is model.get_input_embeddings().weight):

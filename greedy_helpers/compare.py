@@ -25,6 +25,7 @@ from .evaluate import perplexity
 from .files import replace_file, rows_as_json
 from .pruning import prune
 from .recipes import Recipe
+from .structure import Unit
 
 _PACKAGE = Path(__file__).resolve().parent
 # Recorded measurements that the notebooks plot: part of an installed package, or in data/ of a clone.
@@ -40,6 +41,8 @@ class Settings:
         seq: tokens per window, of both.
         source: the calibration text; None: the first of the model's default sources.
         damp: of every recipe.
+        unit: what is removed where query heads share KV heads, see :func:`~greedy_helpers.pruning.prune`.
+        column: of a calibration text that is a table.
     """
 
     calibration: int = 32
@@ -47,6 +50,8 @@ class Settings:
     seq: int = 256
     source: str | None = None
     damp: float = 1e-2
+    unit: Unit = "query"
+    column: str = "text"
 
 
 Judge = Callable[[PreTrainedModel], dict[str, float]]
@@ -89,7 +94,8 @@ def sweep(
                 f"other words for them; found {recipe!r}"
             )
     found = json.loads(out.read_text()) if out.exists() else {"settings": _described(settings), "dense": {}, "rows": []}
-    mine = {key: value for key, value in found["settings"].items() if key in asdict(settings)}
+    stored = {key: value for key, value in found["settings"].items() if key in asdict(settings)}
+    mine = asdict(Settings()) | stored  # files of older versions lack some
     if mine != asdict(settings):
         raise ValueError(f"sweep: {out} holds results of {mine}, expected {asdict(settings)}; name another file")
     done = {_key(row) for row in found["rows"]}
@@ -107,7 +113,7 @@ def sweep(
             found["texts"] = list(dict.fromkeys([*found.get("texts", ()), *subject.texts]))
         calibration = subject.calibration(row["seed"])
         model, recipe = copy.deepcopy(subject.dense), recipe_of(row, settings.damp)
-        report = prune(model, calibration, row["ratio"], recipe, progress=False)
+        report = prune(model, calibration, row["ratio"], recipe, unit=settings.unit, progress=False)
         sizes = {key: report.parameters[key] for key in ("total", "blocks")}
         left = {f"{key} left": round(after / before, 5) for key, (before, after) in sizes.items()}
         found["rows"].append(row | subject.judge(model) | left | {"seconds": round(report.seconds, 2)})
@@ -139,7 +145,8 @@ class _Subject:
         if self._calibration is None or self._calibration[0] != seed:
             source = self._settings.source or next(iter(self._sources.values()))
             windows, seq = self._settings.calibration, self._settings.seq
-            self._calibration = seed, calibration_tokens(self._tokenizer, windows, seq, source, seed=seed)
+            column = self._settings.column
+            self._calibration = seed, calibration_tokens(self._tokenizer, windows, seq, source, seed, column)
         return self._calibration[1]
 
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .layouts import channel_index
 from .moments import Moments
 from .reconstruct import HELD_OUT, ridge
-from .structure import Depth2Module, Units, check_tokens, depth2_modules, eval_mode, weight_of
+from .structure import Depth2Module, UnitChoice, check_tokens, depth2_modules, eval_mode, weight_of
 
 
 class Passes(Protocol):
@@ -213,7 +213,7 @@ def value_rows(module: Depth2Module) -> Tensor:
     if index.numel() < group.n_channels:
         return weight[-dim:].expand(module.n_units, -1, -1)
     rows = weight[index[:, -dim:].to(weight.device)]
-    return rows.repeat_interleave(module.sizes["group"], 0) if module.n_sets > 1 else rows
+    return rows.repeat_interleave(module.group, 0) if module.unit == "query head" else rows
 
 
 @torch.no_grad()
@@ -342,7 +342,7 @@ def taylor_scores(
     kind: str = "element1",
     batch_size: int = 1,
     *,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
 ) -> dict[str, Tensor]:
     """LLM-Pruner's criterion (Ma et al., arXiv 2305.11627): the first or second order change of the loss.
 

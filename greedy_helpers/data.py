@@ -13,6 +13,8 @@ Every source is named by one string:
 | `"ptb"`, `"c4"`                                      | Penn Treebank, one shard of C4 (see :data:`PUBLISHED`)        |
 | `"org/dataset"`, `"org/dataset:cfg"`                 | a Hub dataset, e.g. `"Salesforce/wikitext:wikitext-2-raw-v1"` |
 | a path ending in .txt .md .json .jsonl .csv .parquet | a local file, split by a hash of each paragraph or row        |
+| such a path and rows, `"c4.jsonl[:800]"`             | these rows (paragraphs), in either split                      |
+| `"wiki.test.raw"`, or its folder                     | WikiText as published in raw form: a file is one split        |
 
 Every window starts with what the model's tokenizer itself puts in front of a text: a begin-of-text token for Llama and
 Gemma, nothing for GPT-2 and the embedded models.
@@ -37,7 +39,8 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .text_files import FORMATS, read_rows
+from .public import PUBLIC, hub_is_reachable
+from .text_files import FORMATS, local_rows, read_rows, read_wikitext, wikitext_file
 
 Split = Literal["train", "test"]
 EMBEDDED = ("llama-mini", "gpt2-mini")  # the models in data/, trained on this file's own corpus
@@ -161,8 +164,8 @@ def documents(
     """The documents of any source as a Dataset with a column `text` (see the table at the top of this file).
 
     WikiText's rows are lines; they are joined with blank lines into one document, the convention behind every published
-    WikiText-2 perplexity. Local files have no split of their own: :func:`is_held_out` of a paragraph's or row's text
-    decides.
+    WikiText-2 perplexity. Other local files have no split of their own: :func:`is_held_out` of a paragraph's or row's
+    text decides, unless the source names its rows (`"c4.jsonl[800:1000]"`, as in a Python slice).
 
     Args:
         column: of a table, with text or chat messages (lists of role and content). A table without the column `text`
@@ -177,8 +180,10 @@ def documents(
     """
     if source in ("code", "prose"):
         return python_corpus(split, source)
-    if Path(source).suffix.lower() in FORMATS or Path(source).is_file():
-        return _in_text(_local_documents(Path(source), split, column), source, tokenizer)
+    if wikitext := wikitext_file(source, split):
+        return Dataset.from_dict({"text": [read_wikitext(wikitext)]})
+    if local := local_rows(source):
+        return _in_text(_local_documents(*local, split, column), source, tokenizer)
     if source in PUBLISHED:
         known = PUBLISHED[source]
         arguments, column, join = known[split] | {"split": "train"}, known["column"], known["join"]
@@ -201,21 +206,38 @@ def documents(
 
 
 def default_sources(model_name: str) -> dict[str, str]:
-    """label -> source of the text to judge a model by: both Python domains for the embedded models, else WikiText-2."""
+    """label -> source of the text to judge a model by: both Python domains for the embedded models, else WikiText-2.
+
+    The public models of :mod:`greedy_helpers.public` are for machines without a network, too: they are judged by
+    `"prose"` where the Hub is not reachable.
+    """
     if model_name in EMBEDDED:
         return {"code": "code", "prose": "prose"}
+    if model_name in PUBLIC and not hub_is_reachable():
+        return {"prose": "prose"}
     return {"WikiText-2": WIKITEXT2}
 
 
-def _local_documents(path: Path, split: Split, column: str) -> Dataset:
-    dataset = read_rows(path)
-    rows = _with_text(dataset, "text" if FORMATS[path.suffix.lower()] == "text" else column, str(path))["text"]
+def _local_documents(path: Path, rows: slice | None, split: Split, column: str) -> Dataset:
+    """The rows that the source names, or else this split's side of the hash."""
+    dataset = read_rows(path, rows)
+    texts = _with_text(dataset, "text" if FORMATS[path.suffix.lower()] == "text" else column, str(path))["text"]
+    kind = type(_first_text(texts))
+    if (odd := next((row for row in texts if row and not isinstance(row, kind)), None)) is not None:
+        raise ValueError(f"documents: expected rows of one kind in {path}, found {str(odd)[:80]!r} among them")
     # what a conversation is rendered to depends on the tokenizer, its side of the split must not
-    names = (row if isinstance(row, str) else json.dumps(row, sort_keys=True) for row in rows)
-    texts = [row for row, name in zip(rows, names, strict=True) if row and is_held_out(name) == (split == "test")]
-    if not texts:
-        raise ValueError(f"documents: {path} has {len(dataset)} paragraphs or rows, none of them in split {split!r}")
-    return Dataset.from_dict({"text": texts})
+    names = (row if isinstance(row, str) else json.dumps(row, sort_keys=True) for row in texts)
+    kept = [
+        row
+        for row, name in zip(texts, names, strict=True)
+        if row and (rows is not None or is_held_out(name) == (split == "test"))
+    ]
+    if not kept:
+        raise ValueError(
+            f"documents: {path} has {len(dataset)} paragraphs (with blank lines between them) or rows, none of them in "
+            f"split {split!r}; one in {_HELD_OUT_ONE_IN} is for 'test'"
+        )
+    return Dataset.from_dict({"text": kept})
 
 
 def _with_text(dataset: Dataset, column: str, source: str) -> Dataset:
@@ -350,7 +372,8 @@ def calibration_tokens(
     """
     if n < 1:
         raise ValueError(f"calibration_tokens: expected at least 1 window, found n={n}")
-    sources = [source] if Path(source).exists() else source.split("+")
+    local = local_rows(source)
+    sources = [source] if Path(source).exists() or (local and local[0].exists()) else source.split("+")
     if len(sources) > 1:
         k = len(sources)
         sizes = [len(range(first, n, k)) for first in range(min(n, k))]

@@ -394,9 +394,9 @@ def _why_not_exact(twin: PreTrainedModel, family: Family) -> str | None:
         try:
             for model, change, gone in ((removed, remove_units, False), (zeroed, zero_units, True)):
                 (module,) = depth2_modules(model, [_BLOCKS - 1], unit=unit, family=family)
-                units = torch.arange(module.n_units)
-                sets = units // (module.n_units // module.n_sets)  # another query head of every KV head
-                change(module, (((units + sets * (module.n_sets > 1)) % 3 == 1) == gone).nonzero().flatten())
+                units, in_set = torch.arange(module.n_units), module.n_units // module.n_sets
+                turned = (units + units // in_set) % in_set  # not the same query heads of every KV head
+                change(module, ((turned % 3 == 1) == gone).nonzero().flatten())
             error = (_run(removed, tokens) - _run(zeroed, tokens)).abs().max().item()
         except Exception as error:  # a wrong guess fails in as many ways as there are models
             first_line = str(error).partition("\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -24,11 +25,8 @@ def check_model(model: nn.Module) -> None:
         TypeError: not a transformers model.
         UnsupportedModule: adapters of PEFT, or quantized weights, naming the layer.
     """
+    check_is_model(model)
     name = type(model).__name__
-    if not hasattr(model, "config"):
-        inside = [path for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel)]
-        way_out = f"; it wraps one: pass .{inside[0]} of it" if inside else ""
-        raise TypeError(f"expected a transformers model, found {name}{way_out}")
     adapters = [path for path, part in model.named_modules() if _is_adapter(part)]
     wrapped = hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel)
     if wrapped or adapters or getattr(model, "_hf_peft_config_loaded", False):
@@ -40,6 +38,35 @@ def check_model(model: nn.Module) -> None:
     if quantized is not None or getattr(model.config, "quantization_config", None):
         where = f"{quantized}: {type(model.get_submodule(quantized)).__name__}" if quantized else "its config says so"
         raise UnsupportedModule(f"expected full-precision weights, found a quantized {name} ({where}); {PRUNE_FIRST}")
+
+
+def check_is_model(model: object) -> None:
+    """Refuse what is no transformers model, and say where one is in it.
+
+    Raises:
+        TypeError: naming what was found.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        parts = model.named_modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).items()
+        inside = [path for path, part in parts if path and isinstance(part, PreTrainedModel)]
+        way_out = f"; it wraps one: pass .{inside[0]} of it" if inside else ""
+        if isinstance(model, tuple):
+            way_out = "; load_model returns a model and a tokenizer: model, tokenizer = load_model(...)"
+        raise TypeError(f"expected a transformers model, found {type(model).__name__}{way_out}")
+
+
+def check_own_weights(linears: Mapping[str, nn.Module]) -> None:
+    """Refuse layers (by path) whose weight or bias torch computes from others: it cannot be cut or replaced.
+
+    Raises:
+        UnsupportedModule: naming the first of them.
+    """
+    for path, linear in linears.items():
+        if name := next((name for name in ("weight", "bias") if name not in linear._parameters), None):
+            raise UnsupportedModule(
+                f"{path}: expected a {name} of its own, found one that is computed from other parameters; make it one "
+                "first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+            )
 
 
 PRUNE_FIRST = "load the full-precision checkpoint, prune it, and quantize the result"

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Split, documents, prefix_ids, separator_id
 from .structure import check_tokens, eval_mode, input_device
@@ -295,15 +295,9 @@ def generate_text(
         TypeError: no tokenizer.
         ValueError: a prompt of no token, or one that fills the context.
     """
-    prefix, ids = prefix_ids(tokenizer), tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError("generate_text: expected a prompt of at least one token, found an empty one")
-    if ids[: len(prefix)] != prefix:  # a chat template has written it already
-        ids = prefix + ids
-    n_prompt = len(ids)
+    ids = prompt_ids(model.config, tokenizer, prompt)
+    n_prompt, prefix = len(ids), prefix_ids(tokenizer)
     context = getattr(model.config, "max_position_embeddings", n_prompt + max_new_tokens)
-    if n_prompt >= context:
-        raise ValueError(f"generate_text: expected a prompt shorter than the context of {context}, found {n_prompt}")
     if temperature > 0:
         torch.manual_seed(seed)
     tokens = torch.tensor([ids], device=input_device(model))
@@ -316,3 +310,21 @@ def generate_text(
         **({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}),
     )
     return tokenizer.decode(output[0, len(prefix) :], skip_special_tokens=True)
+
+
+def prompt_ids(config: PreTrainedConfig | None, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens that :func:`generate_text` goes on from: the prompt behind what the tokenizer puts in front of a text.
+
+    Raises:
+        TypeError: no tokenizer.
+        ValueError: a prompt of no token, or one that fills the context that the config (if there is one) names.
+    """
+    prefix, ids = prefix_ids(tokenizer), tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("generate_text: expected a prompt of at least one token, found an empty one")
+    if ids[: len(prefix)] != prefix:  # a chat template has written it already
+        ids = prefix + ids
+    context = getattr(config, "max_position_embeddings", len(ids) + 1)
+    if len(ids) >= context:
+        raise ValueError(f"generate_text: expected a prompt shorter than the context of {context}, found {len(ids)}")
+    return ids

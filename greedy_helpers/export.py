@@ -38,6 +38,7 @@ def export_plain(
         UnsupportedModule: the family's config has no words for the cut (heads of GPT-2, whose head size is derived).
         FileExistsError, OSError: as in :func:`save_pruned`.
     """
+    model = getattr(model, "_orig_mod", model)  # inside what torch.compile returned
     if is_lazy(model):
         raise ValueError(
             "export_plain: expected a model in memory, found one with its blocks on the disk; save_pruned it"
@@ -98,7 +99,7 @@ def _write_plain(model: PreTrainedModel, config_class: type, model_class: type, 
     for ours in ("pruned_units", "added_biases"):
         values.pop(ours, None)
     if config_class is not type(model.config):
-        known = config_class().to_dict().keys() | edits.keys()
+        known = config_class().to_dict().keys() | edits.keys() | {"dequantized_from"}
         values = {k: v for k, v in values.items() if k in known and k not in ("model_type", "architectures")}
         values["sliding_window"] = None
     config = config_class(**values)

@@ -14,6 +14,11 @@ factors into, slowest first, and `|` separates stretches laid one after another 
 The axis named `kv` or `head` (attention) or `unit` (FFN) counts the units; its size is read off the weight, never
 off the config, so a pruned model is described as well as a dense one. A stretch without such an axis belongs to no
 unit and is never cut. `greedy_helpers.discover` finds the entry of a family that is not here.
+
+An axis `group` makes the attention one of grouped queries: `kv` counts KV heads and `kv group` query heads, either of
+which can be the unit (`depth2_modules(..., unit=)`). When query heads go, `group` shrinks and stretches without it stay
+whole, as do the key and value behind the queries of `group+2`. The attribute that `sizes` names for it follows; the two
+of a quotient do through `attributes`.
 """
 
 from __future__ import annotations

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -20,12 +22,59 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from .data import EMBEDDED
 from .doors import PRUNE_FIRST, UnsupportedModule
 from .families import FAMILIES
-from .large.on_disk import stored_tensors
+from .large.on_disk import Stored, stored_tensors
+from .public import PUBLIC, place_of
 from .structure import refusal
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_PACKAGE = Path(__file__).resolve().parent
+# In a clone the models are in data/; an installed wheel carries them inside the package.
+_EMBEDDED_FOLDERS = (_PACKAGE / "embedded", _PACKAGE.parent / "data")
+_FLOATS = ("F64", "F32", "F16", "BF16", *(f"torch.{name}" for name in "float64 float32 float16 bfloat16".split()))
+
+
+def resolve(name: str) -> tuple[str, bool]:
+    """The folder or Hub id behind a name, and whether it is a folder.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder without a config or weights.
+        ValueError: GGUF weights.
+    """
+    if name in PUBLIC:
+        place = place_of(name)
+        return place, Path(place).is_dir()
+    if name in EMBEDDED:
+        found = [folder / name for folder in _EMBEDDED_FOLDERS if (folder / name).is_dir()]
+        if not found:
+            raise FileNotFoundError(f"load_model: the embedded model {name!r} is in none of {_EMBEDDED_FOLDERS}")
+        folder = found[0]
+    else:
+        folder = Path(name).expanduser()
+        if folder.suffix.lower() == ".gguf" or (folder.is_dir() and _only_gguf(folder)):
+            raise ValueError(
+                f"load_model: {folder}: GGUF weights are quantized; load the full-precision checkpoint they were made "
+                "from, prune it, save it with export_plain, and convert that"
+            )
+        if not folder.is_dir():
+            # "org/model" may be on the Hub; anything that can only be a path is missing.
+            if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+                raise FileNotFoundError(f"load_model: expected a model folder at {folder}, found nothing there")
+            return name, False
+    files = {path.name for path in folder.iterdir()}
+    weights = any(file.endswith(".safetensors") or file.startswith("pytorch_model") for file in files)
+    missing = [need for need, there in {"config.json": "config.json" in files, "weights": weights}.items() if not there]
+    if missing:
+        raise FileNotFoundError(
+            f"load_model: {folder} is not a complete model folder: expected config.json and *.safetensors, "
+            f"found {sorted(files) or 'nothing'} (missing: {', '.join(missing)})"
+        )
+    return str(folder), True
+
+
+def _only_gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_mod*"))
 
 
 def read_config(place: str, values: Mapping[str, Any], trust: bool = False) -> PreTrainedConfig:
@@ -54,6 +103,8 @@ def read_config(place: str, values: Mapping[str, Any], trust: bool = False) -> P
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
     except StrictDataclassError as error:
         config = _under_another_class(place, values, error)
+    if not getattr(config, "quantization_config", True):
+        del config.quantization_config  # empty: transformers takes its presence alone for quantization
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModule(f"load_model: {place}: model type {config.model_type!r}: {refusal(config)}")
     return config
@@ -133,9 +184,23 @@ def refuse_quantized(place: str, options: Mapping[str, Any]) -> None:
     for option in ("quantization_config", "load_in_8bit", "load_in_4bit"):
         if options.get(option):
             raise ValueError(f"load_model: {option}: quantized weights cannot be pruned; {PRUNE_FIRST}")
-    for name, stored in stored_tensors(place).items() if Path(place).is_dir() else ():
-        if name.endswith("weight") and stored.dtype not in _FLOATS:
+    if not Path(place).is_dir():
+        return
+    for name, stored in (stored_tensors(place) or _pickled_tensors(place)).items():
+        # a table such as GPT-2's mask is called a bias, too
+        parameter = name.endswith("weight") or (name.endswith("bias") and len(stored.shape) == 1)
+        if parameter and stored.dtype not in _FLOATS:
             raise ValueError(f"load_model: {place} is quantized ({name} is stored as {stored.dtype}); {PRUNE_FIRST}")
+
+
+def _pickled_tensors(place: str) -> dict[str, Stored]:
+    """What `pytorch_model*.bin` hold, as :func:`stored_tensors`; a file that cannot be read is left to transformers."""
+    found = {}
+    for file in sorted(Path(place).glob("pytorch_model*.bin")):
+        with suppress(Exception):
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+            found |= {k: Stored(str(file), list(v.shape), str(v.dtype)) for k, v in state.items()}
+    return found
 
 
 @contextmanager

@@ -142,8 +142,11 @@ class Moments:
     def fitted(self) -> Moments:
         """The moments of the tokens that are not held out."""
         held = self.held_out
-        pairs = {key: (total, held._total.get(key)) for key, total in self._total.items()} if held.n else {}
-        rest = self._with(**{key: None if total is None else total - part for key, (total, part) in pairs.items()})
+        self._fold()
+        held._fold()
+        rest = self._with(
+            **{key: total if total is None else total - held._total[key] for key, total in self._total.items()}
+        )
         rest.n = self.n - held.n
         return rest
 

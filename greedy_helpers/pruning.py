@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 
 from .allocation import Plan, check_plan, check_ratio, keep_best, module_parameters, removed_parameters
 from .criteria import Criterion, Seen, second_moment
+from .doors import check_own_weights
 from .families import Kind
 from .large.distributed import all_sums, check_same, is_first
 from .large.lazy import check_weights, is_lazy
 from .large.memory import at_smaller_batches, with_smaller_batches
 from .large.resume import WorkFolder, resumed, settings_of
 from .measure import DenseRecord, Drift, ModulePasses, advance_dense
+from .prices import loss_metric
 from .recipes import ALLOCATIONS, RECOMMENDED, Dense, Recipe
 from .reconstruct import HELD_OUT
 from .remedies import Cut, Remedy
@@ -31,7 +33,7 @@ from .report import PruneReport, PruneStep
 from .stream import Streams, walk, windows_per_batch
 from .structure import (
     Depth2Module,
-    Units,
+    UnitChoice,
     UnsupportedModule,
     blocks_of,
     blocks_path,
@@ -52,7 +54,7 @@ class Job:
     remedy: Remedy
     damp: float | str
     plan: Plan
-    unit: Units = "query"
+    unit: UnitChoice = "query"
     precision: torch.dtype = torch.float64
 
 
@@ -124,7 +126,7 @@ def prune(
     plan: Plan | None = None,
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     store: torch.device | str | None = None,
@@ -174,11 +176,11 @@ def prune(
     started, before = time.perf_counter(), count_parameters(model)
     modules = _check_arguments(model, calibration, ratio, recipe, plan, blocks, kinds, unit, work_dir)
     where = {"batch_size": batch_size, "device": device, "store": store}
-    same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
-    score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
-    dense = Dense(model, calibration, unit, score)
-    criterion, remedy = recipe.resolved(dense)
+    criterion, remedy = recipe.resolved(model, calibration, unit)
     if plan is None:
+        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
+        score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
+        dense = Dense(score, partial(loss_metric, model, calibration))
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
     plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
     job = Job(criterion, remedy, recipe.damp, plan, unit, precision)
@@ -213,7 +215,7 @@ def scores_of(
     *,
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
     damp: float | str = 1e-2,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
@@ -263,7 +265,7 @@ def _check_arguments(
     plan: Plan | None,
     blocks: Iterable[int] | None,
     kinds: Iterable[Kind] | None,
-    unit: Units,
+    unit: UnitChoice,
     work_dir: str | Path | None,
 ) -> list[Depth2Module]:
     """The modules to prune, or the reason why not: see :func:`prune`."""
@@ -276,6 +278,9 @@ def _check_arguments(
     check_tokens(model, calibration, packed=True)
     chosen = sorted(set(range(len(blocks_of(model))) if blocks is None else blocks))
     modules = depth2_modules(model, chosen, kinds, unit=unit)  # refuses what does not exist
+    if chosen and not modules:
+        warnings.warn(f"prune: the model has no modules of the kinds {kinds}: nothing is removed", stacklevel=3)
+    check_own_weights({group.path: group.linear for module in modules for group in module.groups})
     if ratio is not None:
         check_ratio(ratio)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ from .greedy import exact_greedy
 from .prices import loss_metric
 from .reconstruct import HELD_OUT
 from .remedies import REMEDIES, Remedy
-from .structure import Depth2Module, Units
+from .structure import Depth2Module, UnitChoice
 
 # Names of criteria, for recipes, tables and the command line.
 CRITERIA: dict[str, Criterion] = {
@@ -48,38 +48,32 @@ CRITERIA: dict[str, Criterion] = {
     "energy heads, greedy FFN": partial(by_kind, attention=output_energy, ffn=exact_greedy),
 }
 
-
-@dataclass(frozen=True)
-class Dense:
-    """What a recipe may ask about the whole model before anything is cut.
-
-    Attributes:
-        calibration: long [n, seq].
-        unit: see :func:`~greedy_helpers.structure.depth2_modules`.
-        scores: criterion -> every module's scores, :func:`~greedy_helpers.pruning.scores_of` with the run's settings.
-    """
-
-    model: PreTrainedModel
-    calibration: Tensor
-    unit: Units
-    scores: Callable[[Criterion], dict[str, Tensor]]
-
-    @cached_property
-    def metric(self) -> dict[str, Tensor]:
-        """The loss's metric on every module's output, see :func:`~greedy_helpers.prices.loss_metric`."""
-        return loss_metric(self.model, self.calibration)
-
-
-# Criteria that look at the whole dense model first.
-PREPARED: dict[str, Callable[[Dense], Criterion]] = {
-    "exact greedy, loss metric": lambda dense: partial(exact_greedy, metric=dense.metric),
+# Criteria that look at the whole dense model first: (model, calibration, unit) -> criterion.
+PREPARED: dict[str, Callable[[PreTrainedModel, Tensor, UnitChoice], Criterion]] = {
+    "exact greedy, loss metric": lambda model, tokens, unit="query": partial(
+        exact_greedy, metric=loss_metric(model, tokens)
+    ),
     **{
-        f"Taylor {kind}": lambda dense, kind=kind: partial(
-            fixed_scores, scores=taylor_scores(dense.model, dense.calibration, kind, unit=dense.unit)
+        f"Taylor {kind}": lambda model, tokens, unit="query", kind=kind: partial(
+            fixed_scores, scores=taylor_scores(model, tokens, kind, unit=unit)
         )
         for kind in ("vector", "element1", "element2", "mix")
     },
 }
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What an allocation may ask about the whole model before anything is cut.
+
+    Attributes:
+        scores: criterion -> every module's scores, :func:`~greedy_helpers.pruning.scores_of` with the run's settings.
+        metric: () -> the loss's metric on every module's output, :func:`~greedy_helpers.prices.loss_metric`.
+    """
+
+    scores: Callable[[Criterion], dict[str, Tensor]]
+    metric: Callable[[], dict[str, Tensor]]
+
 
 # (modules, ratio, criterion, the dense model) -> (plan, criterion to prune with).
 Allocation = Callable[[Sequence[Depth2Module], float, Criterion, Dense], tuple[Plan, Criterion]]
@@ -126,7 +120,7 @@ def by_loss(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """The same with costs in nats: what a module's error does to the loss, to second order."""
-    prices = dense.scores(partial(exact_greedy, whole_path=True, metric=dense.metric))
+    prices = dense.scores(partial(exact_greedy, whole_path=True, metric=dense.metric()))
     return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
 
 
@@ -190,12 +184,14 @@ class Recipe:
         spread = "" if self.allocation in ("uniform", "floor") else f", {self.allocation}"  # both: equal shares
         return names["criterion"] + spread + remedy
 
-    def resolved(self, dense: Dense) -> tuple[Criterion, Remedy]:
+    def resolved(
+        self, model: PreTrainedModel, calibration: Tensor, unit: UnitChoice = "query"
+    ) -> tuple[Criterion, Remedy]:
         """The functions that the names stand for. Some criteria look at the dense model now."""
         criterion, remedy = self.criterion, self.remedy
         if isinstance(criterion, str):
             prepare = PREPARED.get(criterion)
-            criterion = CRITERIA[criterion] if prepare is None else prepare(dense)
+            criterion = CRITERIA[criterion] if prepare is None else prepare(model, calibration, unit)
         return criterion, REMEDIES[remedy] if isinstance(remedy, str) else remedy
 
 
@@ -233,7 +229,8 @@ def _short(value: object) -> str:
     return repr(value)
 
 
-# The default everywhere: ahead of PAPER and FLAP wherever we measured, level with OSSCAR (notebook 09).
+# The default everywhere: on the embedded models ahead of PAPER and FLAP and level with OSSCAR (notebook 09), which is
+# ahead of it on SmolLM2-135M (data/results/smollm2_recipes.json).
 RECOMMENDED = Recipe()
 # Li, Dong, Lei (arXiv 2407.19126): the second moment, level 1 and level 2 refitted before the cut.
 PAPER = Recipe("second moment", "pre", allocation="floor")

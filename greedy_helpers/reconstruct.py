@@ -54,6 +54,7 @@ class Ridge:
 
     Attributes:
         h: [d, d]; with `centred` X'X is taken about the mean. lam: `damp` times its mean diagonal.
+        constant: bool [d], with `centred`: features that do not vary. They teach nothing, so their weights stay.
         factor: H = L L', lower [d, d]; None where the eigenvectors serve.
         rank: of X'X. condition: of H. Both are bounds with Cholesky, see :class:`Solution`.
     """
@@ -61,13 +62,17 @@ class Ridge:
     def __init__(self, moments: Moments, damp: float, centred: bool, dtype: torch.dtype | None = None) -> None:
         self.name, self.damp = moments.name, damp
         self.h = h = moments.xx.to(dtype, copy=True)
+        self.constant: Tensor | None = None
         if centred:
             x = moments.x.to(h)
             h.addr_(x, x, alpha=-1 / moments.n)
-            # the sums' own rounding, whatever the precision in which they are solved now
-            rounding = 8 * torch.finfo(moments.xx.dtype).eps * (len(h) + moments.n**0.5)
-            constant = h.diagonal() <= rounding * moments.xx.diagonal()
-            h[constant], h[:, constant] = 0, 0  # what is left of features that do not vary is rounding
+            # The sums' own rounding, whatever the precision in which they are solved now; in single precision it does
+            # not grow, as only some ten thousand tokens are added up at a time.
+            single = moments.xx.dtype == torch.float32
+            rounding = torch.finfo(moments.xx.dtype).eps * (256 if single else 8 * (len(h) + moments.n**0.5))
+            self.constant = h.diagonal() <= rounding * moments.xx.diagonal()
+            # what is left of features that do not vary is rounding
+            h[self.constant], h[:, self.constant] = 0, 0
         self.features = int((moments.xx.diagonal() > 0).sum())
         self.rank = min(self.features, moments.n - centred)
         self.lam = (damp * h.diagonal().mean()).item()
@@ -180,10 +185,12 @@ def normal_equations(
         rest = xy - xx
         if bias is not None:
             rest.addr_(x, y - x, alpha=-1 / moments.n)
+            rest[system.constant] = 0
         return system, rest @ w
     rest = torch.addmm(xy, xx, w, alpha=-1)
     if bias is not None:
         rest.addr_(x, y - x @ w, alpha=-1 / moments.n)
+        rest[system.constant] = 0
     return system, rest
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .criteria import Criterion, Seen, second_moment
 from .large.distributed import all_windows
 from .stream import walk
-from .structure import Depth2Module, Units, depth2_modules
+from .structure import Depth2Module, UnitChoice, depth2_modules
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def divergences_of(
     calibration: Tensor,
     batch_size: int = 1,
     *,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """The divergence between the units of every attention module, on the model as it is: name -> [n_units, n_units].

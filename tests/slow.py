@@ -71,7 +71,11 @@ def second_moment_slowly(module, seen, n_keep, damp):
         scores = (columns * seen.z.square().mean(0))[module.level2.index].sum(1)
     else:
         scores = torch.stack([columns * y.square().mean(0) for y in seen.level1]).prod(0)
-    return scores.argsort(descending=True)[:n_keep]
+    kept, in_set = [], module.n_units // module.n_sets
+    for unit in scores.argsort(descending=True).tolist():
+        if sum(other // in_set == unit // in_set for other in kept) < n_keep // module.n_sets:
+            kept.append(unit)
+    return torch.tensor(kept)
 
 
 def exact_greedy_slowly(module, seen, n_keep, damp):
@@ -86,8 +90,13 @@ def exact_greedy_slowly(module, seen, n_keep, damp):
         columns = a[:, module.level2.index[[other for other in left if other != unit]].flatten()]
         return (t - columns @ torch.linalg.lstsq(columns, t).solution).square().sum().item()
 
+    def may_go(unit):
+        """Query heads go in rounds: none of a KV head that has fewer left than another."""
+        kv_heads = [other // (module.n_units // module.n_sets) for other in left]
+        return kv_heads.count(unit // (module.n_units // module.n_sets)) == max(map(kv_heads.count, kv_heads))
+
     while len(left) > n_keep:
-        left.remove(min(left, key=error_without))
+        left.remove(min(filter(may_go, left), key=error_without))
     return torch.tensor(left)
 
 
@@ -98,8 +107,11 @@ class SlowStep:
     error: float
 
 
-def prune_slowly(model, tokens, ratio, choose: Callable, remedy="none", damp=1e-2) -> list[SlowStep]:
-    """The method in place on `model`, with a whole dense copy beside it; `choose(module, seen, n_keep, damp)`."""
+def prune_slowly(model, tokens, sizes, choose: Callable, remedy="none", damp=1e-2) -> list[SlowStep]:
+    """The method in place on `model`, with a whole dense copy beside it; `choose(module, seen, n_keep, damp)`.
+
+    `sizes`: how many units every module keeps, in their order.
+    """
     when, _, target = remedy.partition(", ")
     dense, steps = copy.deepcopy(model), []
     for number in range(len(depth2_modules(model))):
@@ -118,7 +130,7 @@ def prune_slowly(model, tokens, ratio, choose: Callable, remedy="none", damp=1e-
             refit_slowly(linear, recorded(model, linear, tokens)[0], wanted, damp)
         level1 = [recorded(model, group.linear, tokens)[1] for group in module.level1.values()]
         seen = Activations(level1, recorded(model, linear, tokens)[0], wanted)
-        keep = choose(module, seen, module.n_units - int(ratio * module.n_units + 1e-9), damp).sort().values
+        keep = choose(module, seen, sizes[number], damp).sort().values
         remove_units(module, keep)
         if when in ("post", "both"):
             refit_slowly(linear, recorded(model, linear, tokens)[0], wanted, damp)

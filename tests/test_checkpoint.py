@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, quiet
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny import VOCABULARY, tiny_model
+from tiny import VOCABULARY, tiny_model, unit_sets
 
 from greedy_helpers import (
     count_parameters,
@@ -30,23 +30,28 @@ def tokenizer():
     return load_model("llama-mini")[1]
 
 
-def pruned_model(name, dtype=torch.float32):
+def pruned_model(name, dtype=torch.float32, unit="query"):
     """Another size in every module: nothing about a checkpoint may assume uniform ratios."""
     model = tiny_model(name, dtype)
-    for i, module in enumerate(depth2_modules(model)):
-        remove_units(module, torch.arange(module.n_units - 1 - i % module.n_units if module.n_units > 4 else 1 + i % 2))
+    for i, module in enumerate(depth2_modules(model, unit=unit)):
+        sets = unit_sets(module)
+        most = sets.shape[1]
+        remove_units(module, sets[:, : most - 1 - i if most > 4 else 1 + i // 2].flatten())
     return model
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_same_logits_after_reload(name, tmp_path, tokenizer, tokens):
-    model = pruned_model(name)
+@pytest.mark.parametrize("unit", ["query", "kv"])
+@pytest.mark.parametrize("name", [*TINY, "mistral"])
+def test_same_logits_after_reload(name, unit, tmp_path, tokenizer, tokens):
+    model = pruned_model(name, unit=unit)
     folder = save_pruned(model, tmp_path / "pruned", tokenizer)
     again, _ = load_model(folder, device="cpu")
     assert not again.training
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
-    assert [m.n_units for m in depth2_modules(again)] == [m.n_units for m in depth2_modules(model)]
+    for unit in ("query", "kv"):
+        left, saved = ([m.n_units for m in depth2_modules(one, unit=unit)] for one in (again, model))
+        assert left == saved
     again.set_attn_implementation("eager")  # the class must still be one that transformers can switch
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
@@ -67,10 +72,12 @@ def test_reload_in_a_fresh_process(tmp_path, tokenizer, tokens):
     assert done.returncode == 0, done.stderr
 
 
-def test_prune_again_after_reload_and_save_again(tmp_path, tokenizer, tokens):
-    save_pruned(pruned_model("llama-gqa"), tmp_path / "once", tokenizer)
+@pytest.mark.parametrize("units", [("query", "kv"), ("kv", "query")])
+def test_prune_again_after_reload_and_save_again(units, tmp_path, tokenizer, tokens):
+    """Query heads, then KV heads, and the other way round."""
+    save_pruned(pruned_model("mistral", unit=units[0]), tmp_path / "once", tokenizer)
     model, _ = load_model(tmp_path / "once", device="cpu")
-    quiet(model, torch.randint(0, VOCABULARY, (8, 24)), 0.5, remedy="both")
+    quiet(model, torch.randint(0, VOCABULARY, (8, 24)), 0.5, remedy="both", unit=units[1])
     save_pruned(model, tmp_path / "twice", tokenizer)
     again, _ = load_model(tmp_path / "twice", device="cpu")
     with torch.no_grad():
@@ -244,7 +251,7 @@ def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, to
     assert [step["units_after"] for step in manifest["report"]["steps"]] == [3, 60, 3, 60]
     card = (folder / "README.md").read_text()
     for fact in (
-        "| asked for | 0.25 of the units of each of 4 modules in blocks 0 to 1 |",
+        "| asked for | 25% of the parameters of 4 modules in blocks 0 to 1 |",
         "| criterion | second moment |",
         "| calibration | 144 tokens |",
         "| perplexity before | 14.25 |",
@@ -254,14 +261,14 @@ def test_the_manifest_and_the_card_say_how_it_was_pruned(tmp_path, tokenizer, to
 
 
 def test_the_card_counts_what_was_removed(tmp_path):
-    """A ratio is of units: 1 of 4 heads and 20 of 80 channels, which is another share of the parameters."""
+    """One of 4 heads and 20 of 80 channels, and what share of the parameters that is, norms included."""
     model = tiny_model("llama", torch.float32)
     before = count_parameters(model)
     for module in depth2_modules(model):
         remove_units(module, torch.arange(module.n_units * 3 // 4))
     once, after = save_pruned(model, tmp_path / "once"), count_parameters(model)
     remove_units(depth2_modules(model)[0], torch.arange(1))
-    expected = {"heads (or KV groups)": (6, 4), "FFN channels": (120, 120)}
+    expected = {"attention heads": (6, 4), "FFN channels": (120, 120)}
     for kind, (first, second) in expected.items():
         whole = first * 4 // 3
         assert f"{kind} | {first} of {whole} left |" in (once / "README.md").read_text()
@@ -269,7 +276,7 @@ def test_the_card_counts_what_was_removed(tmp_path):
         assert f"{kind} | {second} of {whole} left |" in (twice / "README.md").read_text()
     for name, key in {"the blocks": "blocks", "the model": "total"}.items():
         share = 1 - after[key] / before[key]
-        row = f"| parameters of {name} | {after[key]:,} of {before[key]:,} left ({share:.1%} removed) |"
+        row = f"| parameters of {name} | {after[key]:,} of {before[key]:,} left ({share:.2%} removed) |"
         assert row in (once / "README.md").read_text()
 
 
@@ -295,12 +302,18 @@ def test_tied_weights_stay_tied(tmp_path, tokenizer, tokens):
 
 
 def test_sizes_that_do_not_fit(tmp_path, tokenizer):
-    folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
+    folder, attention = save_pruned(pruned_model("mistral"), tmp_path / "model", tokenizer), "model.layers.0.self_attn"
     config = json.loads((folder / "config.json").read_text())
     for units, message in (
         ({"model.layers.7.mlp": 3}, r"names the module 'model\.layers\.7\.mlp', which the model lacks"),
-        ({"model.layers.1.mlp": 81}, r"layers\.1\.mlp: expected 1 to 80 units, found 81"),
-        ({"model.layers.1.mlp": 0}, r"layers\.1\.mlp: expected 1 to 80 units, found 0"),
+        ({"model.layers.1.mlp": 81}, r"layers\.1\.mlp: expected 1 to 80 channels, found 81"),
+        ({"model.layers.1.mlp": 0}, r"layers\.1\.mlp: expected 1 to 80 channels, found 0"),
+        ({attention: 3}, r"layers\.0\.self_attn: expected 1 to 2 KV heads, found 3"),
+        ({attention: {"kv": 2, "query": 5}}, r"expected 2 to 6 query heads, a multiple of 2, found 5"),
+        ({attention: {"kv": 1, "query": 4}}, r"expected 1 to 3 query heads, found 4"),
+        ({attention: {"query": 4}}, r"expected 1 to 2 KV heads, found None"),
+        ({attention: {"kv": 2, "heads": 4}}, r"expected the numbers of KV and query heads, found .*'heads'"),
+        ({attention: "2"}, r"expected 1 to 2 KV heads, found '2'"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {"pruned_units": units}))
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import transformers
+from tiny import tiny_model
 
 from greedy_helpers import (
     FLAP,
@@ -120,20 +123,12 @@ def test_evaluate_adds_accuracies(monkeypatch, capsys):
     assert re.search(r"^ +chance .* items\nprose choices +0\.25 .* 2$", said, re.MULTILINE)
 
     accuracy = pd.DataFrame({"items": [9], "acc": [0.5], "acc_stderr": [0.1], "acc_norm": [math.nan]}, index=["boolq"])
-    monkeypatch.setattr("greedy_helpers.__main__.zero_shot", lambda model, tokenizer, tasks, limit: accuracy)
+    monkeypatch.setattr("greedy_helpers.__main__.zero_shot", lambda model, tokenizer, tasks, data, limit: accuracy)
     assert main(["--json", *command, "--tasks", "boolq"]) == 0
     found = json.loads(capsys.readouterr().out)["llama-mini"]["tasks"]
     assert found == {"boolq": {"items": 9, "acc": 0.5, "acc_stderr": 0.1, "acc_norm": None}}
     assert main([*command, "--tasks", "boolq"]) == 0
     assert re.search(r"boolq +9 +0.5 +0.1 +-$", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_evaluate_says_what_lm_eval_needs(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert (
-        main(["evaluate", "llama-mini", "--windows", "1", "--seq", "32", "--sources", "prose", "--tasks", "piqa"]) == 1
-    )
-    assert "pip install 'greedy-helpers[eval]'" in capsys.readouterr().err
 
 
 def test_compare_goes_on(tmp_path, capsys):
@@ -145,15 +140,25 @@ def test_compare_goes_on(tmp_path, capsys):
     assert "blocks left" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("unit", "what"), [("query", "query heads"), ("kv", "KV heads")])
+def test_units_of_grouped_queries(unit, what, tmp_path, capsys):
+    tiny_model("mistral", torch.float32).save_pretrained(tmp_path / "dense")
+    options = ["--unit", unit, "--source", "self-generated", "--calibration", "4", "--seq", "16", "--ratio", "0.5"]
+    assert main(["prune", str(tmp_path / "dense"), str(tmp_path / "pruned"), *options]) == 0
+    assert f"of {12 if unit == 'query' else 4} {what} and" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["prune", "no/such/model/here", "x"], 1, "found nothing there"),
         (["prune", "llama-mini", "x", "--ratio", "1.5", *FEW], 1, "expected a ratio in [0, 1)"),
         (["prune", "llama-mini", "x", "--criterion", "magic"], 2, "expected one of random, L1, "),
-        (["generate", "llama-mini", "--prompt", ""], 1, "at least one token"),
-        (["prune", "llama-mini", "x", "--blocks", "4:9", *FEW], 1, "block"),
+        (["prune", "llama-mini", "x", "--blocks", "5:2"], 2, "expected FIRST below END, found '5:2'"),
+        (["generate", "llama-mini", "--prompt", "a", "--tokens", "0"], 2, "--tokens"),
+        (["generate", "llama-mini", "--prompt", "a", "--temperature", "-1"], 2, "--temperature"),
         (["prune", "llama-mini", "x", "--blocks", "4"], 2, "expected FIRST:END, e.g. 4:30, found '4'"),
+        (["prune", "llama-mini", "x", "--unit", "head"], 2, "expected one of query, kv; found 'head'"),
         (["prune", "llama-mini", "x", "--remedy", "prayer"], 2, "expected one of none, bias, pre, "),
         (
             ["prune", "llama-mini", "x", "--dtype", "int8"],
@@ -223,6 +228,8 @@ def refused(arguments, message, capsys):
         ("numbers.csv", b"text\n1\n2\n", "expected text, or chat messages"),
         ("other.csv", b"body,title\na,b\n", r"found \['body', 'title'\]; name one with column= \(--column\)"),
         ("missing.txt", None, "expected a text file at"),
+        ("wiki.valid.raw", "Größe".encode("latin-1"), "is not utf-8"),
+        ("rows.jsonl[5:9]", None, "expected a text file at .*rows.jsonl, found"),
         ("page.html", b"<p>", "expected a file that ends in"),
     ],
 )
@@ -233,6 +240,31 @@ def test_text_that_cannot_be_read_is_refused_before_the_weights(name, content, m
     refused(["prune", "llama-mini", tmp_path / "out", "--source", path, *FEW], message, capsys)
     refused(["evaluate", "llama-mini", "--sources", path], message, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_says_what_lm_eval_needs_before_the_weights(monkeypatch, no_weights, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    refused(["evaluate", "llama-mini", "--tasks", "piqa"], r"pip install 'greedy-helpers\[eval\]'", capsys)
+
+
+def test_what_the_config_rules_out_is_refused_before_the_weights(tmp_path, no_weights, capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, message in (("Mixtral", "'mixtral' is not supported: mixture of"), ("Nemotron", "no layout for model")):
+        config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=2)
+        config.architectures = [f"{name}ForCausalLM"]
+        folder = tmp_path / name
+        config.save_pretrained(folder)
+        (folder / "model.safetensors").write_bytes(b"")
+        for command in (["prune", folder, tmp_path / "out"], ["evaluate", folder], ["compare", folder, "--out", "x"]):
+            refused(command, message, capsys)
+
+
+def test_a_pruned_model_has_the_context_of_its_base(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pruned"
+    assert main(["prune", "llama-mini", str(folder), "--criterion", "L2", "--remedy", "none", *FEW]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("greedy_helpers.__main__.load_model", lambda *_: pytest.fail("the weights were loaded"))
+    refused(["evaluate", folder, "--seq", "9999"], "windows of at most 256 tokens", capsys)
 
 
 def test_a_folder_without_a_tokenizer_is_refused_before_the_weights(tmp_path, no_weights, capsys):
@@ -257,9 +289,19 @@ def test_a_folder_without_a_tokenizer_is_pruned_on_its_own_text(tmp_path):
         (["prune", "llama-mini", "x", "--store", "abacus"], "cannot use the device 'abacus'"),
         (["prune", "llama-mini", "x", "--lazy"], "needs a --work-dir"),
         (["prune", "llama-mini", "x", "--calibration", "0"], "at least 1 window"),
+        (["prune", "llama-mini", "x", "--seq", "9999"], "at most 256 tokens, the context of LlamaForCausalLM, found"),
+        (["prune", "llama-mini", "x", "--source", "self-generated", "--seq", "9999"], "at most 256 tokens"),
+        (["prune", "llama-mini", "x", "--blocks", "4:9"], r"expected blocks in \[0, 6\), found 6"),
+        (["evaluate", "gpt2-mini", "--seq", "9999"], "at most 256 tokens, the context of GPT2LMHeadModel"),
+        (["compare", "llama-mini", "--seq", "9999", "--out", "x.json"], "at most 256 tokens"),
+        (["compare", "llama-mini", "--source", "no.csv", "--out", "x.json"], "expected a text file at no.csv"),
+        (["generate", "llama-mini", "--prompt", ""], "expected a prompt of at least one token"),
+        (["generate", "llama-mini", "--prompt", "import os\n" * 999], "a prompt shorter than the context of 256"),
         (["evaluate", "llama-mini", "--windows", "99999"], "1 <= windows <= "),
         (["evaluate", "llama-mini", "--stride", "0"], "stride in"),
         (["evaluate", "llama-mini", "--choices", "4", "--column", "body"], "made from the column 'text' only"),
+        (["evaluate", "llama-mini", "--data", "folder"], "name the tasks"),
+        (["evaluate", "llama-mini", "--data", "folder", "--tasks", "piqa"], "'piqa' in folder.piqa.valid.jsonl, found"),
         (["generate", "llama-mini", "--prompt", "a", "--device", "abacus"], "cannot use the device 'abacus'"),
         (["compare", "llama-mini", "--ratios", "2", "--out", "x.json"], r"expected a ratio in \[0, 1\)"),
         (["generate", "no/where", "--prompt", "a"], "'no/where' has no tokenizer that can be loaded"),
@@ -298,5 +340,10 @@ def test_a_column_of_a_table(tmp_path, capsys):
     command = ["evaluate", "llama-mini", "--windows", "1", "--seq", "16", "--sources", str(path), "--column", "body"]
     assert main(["--json", *command]) == 0
     assert json.loads(capsys.readouterr().out)["llama-mini"]["texts"][str(path)]["tokens"] == 15
+    sweep = ["compare", "llama-mini", "--criteria", "L2", "--remedies", "none", "--windows", "1", "--seq", "16"]
+    sweep += ["--calibration", "2", "--source", str(path), "--out", str(tmp_path / "sweep.json")]
+    refused(sweep, r"found \['title', 'body'\]; name one with column= \(--column\)", capsys)
+    assert main([*sweep, "--column", "body"]) == 0
+    assert json.loads((tmp_path / "sweep.json").read_text())["settings"]["column"] == "body"
     some = ["--blocks", "5:6", "--calibration", "2", "--seq", "16", "--criterion", "L2", "--remedy", "none"]
     assert main(["prune", "llama-mini", str(tmp_path / "out"), "--source", str(path), "--column", "body", *some]) == 0

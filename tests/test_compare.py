@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import calibration
@@ -13,7 +14,6 @@ from greedy_helpers import (
     Recipe,
     calibration_tokens,
     compare,
-    count_parameters,
     depth2_modules,
     evaluation_tokens,
     load_model,
@@ -21,23 +21,29 @@ from greedy_helpers import (
     prune,
     random_scores,
 )
-from greedy_helpers.allocation import unit_parameters
+from greedy_helpers.allocation import asked_parameters, removed_parameters, unit_parameters
 from greedy_helpers.compare import Settings, frame, recipe_of, sweep
 from greedy_helpers.recipes import ALLOCATIONS
 
 SMALL = Settings(calibration=4, evaluation=2, seq=48)
 
 
-def test_allocations_remove_as_much_as_uniform():
-    """At least as many parameters, and at most one unit more: the last one taken."""
-    left = {}
+def test_what_a_ratio_is_by_each_allocation():
+    """Of the parameters: to half a channel per FFN, or at most one unit more; of the units: 1 of 4 heads, 24 of 80."""
+    modules = depth2_modules(tiny_model("llama"))
+    asked, removed = asked_parameters(modules, 0.3), {}
+    head, channel = (unit_parameters(module) for module in modules[:2])
     for allocation in ALLOCATIONS:
-        model = tiny_model("llama")
-        prune(model, calibration(16), 0.5, Recipe("output energy", "none", allocation=allocation), progress=False)
-        left[allocation] = count_parameters(model)["blocks"]
-    dearest = max(unit_parameters(module) for module in depth2_modules(tiny_model("llama")))
+        recipe = Recipe("output energy", "none", allocation=allocation)
+        report = prune(tiny_model("llama"), calibration(16), 0.3, recipe, progress=False)
+        before, after = report.parameters["modules"]
+        removed[allocation] = before - after
+        assert after == before - removed_parameters(modules, {step.name: step.units_after for step in report.steps})
+    assert abs(removed["uniform"] - asked) <= channel
+    assert removed["floor"] == 2 * (head + 24 * channel)
+    assert removed["floor"] < asked
     for allocation in ("adaptive", "cost"):
-        assert 0 <= left["uniform"] - left[allocation] < dearest
+        assert asked <= removed[allocation] < asked + head
 
 
 @pytest.mark.parametrize("recipe", [RECOMMENDED, PAPER, Recipe("L2", "post, local", 0.1, "adaptive")])
@@ -77,6 +83,11 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch
     assert json.loads(out.read_text()) == found
     assert list(out.parent.iterdir()) == [out]
 
+    older = json.loads(out.read_text())
+    del older["settings"]["column"]  # which version 0.2.0 did not write
+    out.write_text(json.dumps(older))
+    assert sweep(out, ["llama-mini"], recipes, [0.25], settings=SMALL, progress=False)["rows"] == found["rows"]
+
     model, tokenizer = load_model("llama-mini")
     prune(model, calibration_tokens(tokenizer, 4, 48, "code", seed=0), 0.25, Recipe("random", "none"), progress=False)
     windows = evaluation_tokens(tokenizer, 2, 48, "prose")
@@ -84,8 +95,23 @@ def test_a_killed_sweep_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch
     table = frame(found)
     assert table["method"].tolist() == ["L2", "random", "output energy + post"]
     assert (table["code excess"] > 0).all()
+    assert {name for name in table if name.endswith(" left")} == {"total left", "blocks left"}
     with pytest.raises(ValueError, match=r"holds results of .* name another file"):
         sweep(out, ["llama-mini"], recipes, [0.25], settings=Settings(calibration=5), progress=False)
+
+
+def test_the_unit_is_a_setting(tmp_path, monkeypatch):
+    """It reaches `prune`; a file of another is refused; a file of before, which says none, goes on."""
+    out, asked, real = tmp_path / "sweep.json", [], compare.prune
+    monkeypatch.setattr(compare, "prune", lambda *a, unit, **options: (asked.append(unit), real(*a, **options))[1])
+    job = [["llama-mini"], [Recipe("L2", "none")], [0.25]]
+    found = sweep(out, *job, settings=replace(SMALL, unit="kv"), progress=False)
+    assert asked == ["kv"] == [found["settings"]["unit"]]
+    with pytest.raises(ValueError, match=r"holds results of .*'unit': 'kv'.* name another file"):
+        sweep(out, *job, settings=SMALL, progress=False)
+    del found["settings"]["unit"]
+    out.write_text(json.dumps(found))
+    assert len(sweep(out, *job, settings=SMALL, progress=False)["rows"]) == len(asked) == 1
 
 
 def test_excess_is_taken_of_perplexities_alone():

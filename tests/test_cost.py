@@ -1,10 +1,13 @@
 """Costs are counted from the shapes, and agree with what torch counts and what the system measures."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
-from tiny import CONFIGS, ENCODERS, VOCABULARY, tiny_model
+from tiny import CONFIGS, ENCODERS, VOCABULARY, tiny_model, unit_sets
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from greedy_helpers import blocks_of, count_parameters, depth2_modules, remove_units, save_pruned
 from greedy_helpers.course import cost
@@ -14,10 +17,11 @@ from greedy_helpers.files import disk_bytes
 from greedy_helpers.structure import blocks_path, linears_of
 
 
-def pruned_unevenly(model):
+def pruned_unevenly(model, unit="query"):
     """Another number of units out of every module."""
-    for place, module in enumerate(depth2_modules(model)):
-        remove_units(module, torch.arange(max(1, module.n_units - 1 - 5 * place)))
+    for place, module in enumerate(depth2_modules(model, unit=unit)):
+        sets = unit_sets(module)
+        remove_units(module, sets[:, : max(1, sets.shape[1] - 1 - 5 * place)].flatten())
     return model
 
 
@@ -38,7 +42,9 @@ def macs_by_torch(model, tokens, cache=None):
     return {"linears": inside, "attention": in_blocks - inside, "head": outside, "total": in_blocks + outside}
 
 
-@pytest.mark.parametrize("shrink", [lambda model: model, pruned_unevenly], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    "shrink", [lambda model: model, pruned_unevenly, partial(pruned_unevenly, unit="kv")], ids=["dense", "pruned", "kv"]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_macs_are_what_torch_counts_on_eager_attention(name, shrink):
     model = shrink(tiny_model(name, torch.float32, attention="eager"))
@@ -64,6 +70,25 @@ def test_macs_by_hand():
     assert count_macs(model, 7, 2, logits_to_keep=1)["head"] == 2 * 48 * VOCABULARY
     assert count_macs(model, 1, cache=9)["attention"] == 2 * 2 * 48 * 10
     assert count_macs(model.model, 7, 2)["head"] == 0
+
+
+@pytest.mark.parametrize("name", ["mistral", "falcon-40b", "phi3"])
+def test_kv_heads_shrink_the_cache_and_query_heads_do_not(name):
+    """Falcon's class repeats keys and values for all query heads before it caches them."""
+
+    def cache_bytes(model):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.ones(1, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    whole, sizes = cache_bytes(tiny_model(name)), {}
+    for unit in ("query", "kv"):
+        model = tiny_model(name)
+        for module in depth2_modules(model, kinds={"attention"}, unit=unit):
+            remove_units(module, unit_sets(module)[:, :1].flatten())
+        sizes[unit] = cache_bytes(model)
+    assert sizes == {"query": whole / 3 if name == "falcon-40b" else whole, "kv": whole / 2}
 
 
 @pytest.mark.parametrize("wrong", [{"seq": 0}, {"batch": 0}, {"cache": -1}, {"logits_to_keep": -1}])

@@ -253,7 +253,7 @@ def test_flap_as_published_needs_two_windows():
 def test_value_rows_are_the_values(name):
     """Doubling the value rows of a unit doubles what level 2 reads from it, in every family."""
     model, doubled = tiny_model(name), tiny_model(name)
-    modules = [depth2_modules(m, [0])[0] for m in (model, doubled)]
+    modules = [depth2_modules(m, [0], unit="kv")[0] for m in (model, doubled)]
     if modules[0].kind != "attention":
         pytest.skip("its attention stays whole")
     tokens = torch.randint(1, 96, (2, 9), generator=torch.Generator().manual_seed(1))

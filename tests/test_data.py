@@ -1,6 +1,7 @@
 """The corpus is split once and for all; packing neither pads nor loses."""
 
 import hashlib
+import json
 from functools import partial
 
 import pytest
@@ -127,6 +128,52 @@ def test_local_file_is_split_by_paragraph_or_row(suffix, column, tmp_path, token
     train, test = (list(documents(str(path), split, column)["text"]) for split in ("train", "test"))
     assert sorted(train + test) == sorted(texts)
     assert test
+
+
+def test_rows_that_the_source_names(tmp_path, tokenizer):
+    """They serve either split, whole; the folder's name may hold what joins two sources."""
+    path = tmp_path / "a+b" / "c4.jsonl"
+    path.parent.mkdir()
+    texts = [f"document {i}, which has a few words of its own" for i in range(30)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for split in ("train", "test"):
+        assert list(documents(f"{path}[:20]", split)["text"]) == texts[:20]
+        assert list(documents(f"{path}[20:]", split)["text"]) == texts[20:]
+        assert list(documents(f"{path}[3:5]", split)["text"]) == texts[3:5]
+    assert "document 7, which" in tokenizer.decode(calibration_tokens(tokenizer, 1, 8, f"{path}[7:8]")[0])
+    for rows in ("[20:31]", "[30:]", "[5:5]"):
+        with pytest.raises(ValueError, match=r"expected rows \[.*\] in .*c4\.jsonl, found 30 rows"):
+            documents(f"{path}{rows}")
+    path.rename(tmp_path / "file[1:2].jsonl")  # a name that looks like rows
+    assert len(documents(str(tmp_path / "file[1:2].jsonl"), "train")) < 30
+
+
+def test_wikitext_as_published(tmp_path):
+    """The rows of the Hub's copy are the lines, blank ones empty, joined with blank lines: published numbers' text."""
+    rows = ["", " = Title = \n", "", " A line , with a \u2028 separator . \n", ""]
+    raw = " \n = Title = \n \n A line , with a \u2028 separator . \n \n"
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.raw").write_text(raw.replace("Title", split), "utf-8", newline="")
+    of = {split: "\n\n".join(rows).replace("Title", split) for split in ("train", "valid", "test")}
+    file = {split: str(tmp_path / f"wiki.{split}.raw") for split in of}
+    for split in ("train", "test"):
+        assert documents(str(tmp_path), split)["text"] == [of[split]]
+        assert documents(file[split], split)["text"] == [of[split]]
+        assert documents(file["valid"], split)["text"] == [of["valid"]]
+    with pytest.raises(ValueError, match=r"text of split 'train', found .*wiki\.test\.raw, .* test split"):
+        documents(file["test"], "train")
+    with pytest.raises(ValueError, match=r"text of split 'test', found .*wiki\.train\.raw, .* train split"):
+        documents(file["train"], "test")
+    (tmp_path / "wiki.train.raw").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected wiki\.train\.raw in .*, found wiki\.test\.raw, wiki\.val"):
+        documents(str(tmp_path), "train")
+    with pytest.raises(FileNotFoundError, match=r"raw form at .*wiki\.train\.raw, found nothing"):
+        documents(file["train"], "train")
+    with pytest.raises(ValueError, match=r"expected wiki\.train\.raw, .* found other\.raw"):
+        documents("other.raw", "train")
+    (tmp_path / "wiki.test.raw").write_bytes("Größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"wiki\.test\.raw is not utf-8"):
+        documents(file["test"], "test")
 
 
 def test_missing_file_and_missing_network():

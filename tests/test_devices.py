@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 from conftest import assert_same_model, assert_same_report, calibration
+from test_field_text import per_layer
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from greedy_helpers import FLAP, OSSCAR, PAPER, RECOMMENDED, prune
+from greedy_helpers import FLAP, OSSCAR, PAPER, RECOMMENDED, BlockStream, prune
 
 GPU = torch.device("cuda", 0)
 
@@ -87,6 +88,18 @@ def test_a_run_with_its_blocks_on_another_device_gives_the_same_bits(recipe, sto
     assert not any(isinstance(parameter, OnGpu) for parameter in model.parameters()), "the blocks are at home again"
     assert_same_report(report, prune(expected, calibration(), 0.5, recipe, progress=False))
     assert_same_model(model, expected)
+
+
+def test_what_one_batch_alone_is_called_with_waits_with_its_hidden_states(pretended):
+    model, tokens = per_layer(), calibration()
+    stream = BlockStream(model, tokens, 4, device=GPU, store="cpu")
+    _, *others = (batch[1][1] for batch in stream._extra.values())
+    for kwargs in others:
+        assert not any(isinstance(extra, OnGpu) for extra in kwargs["extra"])
+        assert all(isinstance(table, OnGpu) for table in kwargs["position_embeddings"])
+    report = prune(model, tokens, 0.5, PAPER, batch_size=4, device=GPU, store="cpu", progress=False)
+    expected = prune(per_layer(), tokens, 0.5, PAPER, batch_size=4, progress=False)
+    assert [step.error for step in report.steps] == pytest.approx([step.error for step in expected.steps])
 
 
 def test_operands_on_two_devices_are_refused(pretended):

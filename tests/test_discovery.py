@@ -185,5 +185,6 @@ def test_discovery_does_not_depend_on_the_size_of_the_model():
         model = transformers.LlamaForCausalLM(config)
     family = discover(model)
     modules = depth2_modules(model, family=family)
-    assert [m.n_units for m in modules[:2]] == [8, 14336]
+    assert [m.n_units for m in modules[:2]] == [32, 14336]
+    assert [m.n_units for m in depth2_modules(model, [0], family=family, unit="kv")] == [8, 14336]
     assert len(modules) == 64

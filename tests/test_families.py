@@ -12,13 +12,15 @@ import torch
 import transformers
 from conftest import assert_untouched, quiet, state_of
 from families_report import assert_removing_equals_zeroing, logits_of, removed_and_zeroed, some_tokens
-from tiny import CONFIGS, ENCODERS, randomize, tiny_config, tiny_model
+from tiny import CONFIGS, ENCODERS, randomize, tiny_config, tiny_model, unit_sets
 
 from greedy_helpers import FAMILIES, depth2_modules, discover, export_plain, remove_units, zero_units
 from greedy_helpers.families import REFUSED
 from greedy_helpers.structure import UnsupportedModule, family_of, weight_of
 from greedy_helpers.surgery import undone_on_error
 
+EACH = [(name, unit) for name in CONFIGS for unit in report.units_of(name)]
+GROUPED = [name for name, unit in EACH if unit == "kv"]
 WITH_PLAN = [name for name in CONFIGS if tiny_config(name).base_model_tp_plan]
 RECORDED = json.loads(report.RESULTS.read_text())["families"]
 
@@ -41,14 +43,14 @@ def test_every_entry_of_the_table_is_tested():
 
 
 @pytest.mark.parametrize("blocks", [[0], [1], [0, 1]])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_removed_equals_zeroed(name, blocks):
+@pytest.mark.parametrize(("name", "unit"), EACH)
+def test_removed_equals_zeroed(name, unit, blocks):
     assert report.supported_attention(name) == RECORDED[name]["attention"]
     for attention in RECORDED[name]["attention"]:
-        difference, effect = report.greatest_difference(name, attention, blocks)
+        difference, effect = report.greatest_difference(name, attention, blocks, unit)
         assert difference <= 1e-10
         assert effect > 1e-2, "the cut changed nothing, so equality proves nothing"
-    removed, zeroed = removed_and_zeroed(name, None, blocks)
+    removed, zeroed = removed_and_zeroed(name, None, blocks, unit)
     assert removed.num_parameters() < zeroed.num_parameters()
 
 
@@ -60,20 +62,21 @@ def test_bigcode_without_shared_keys():
     assert_removing_equals_zeroing(model.double().eval())
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ENCODERS])
-def test_generation_with_cache_equals_recomputation(name):
-    assert report.cache_equals_recomputation(name)
+@pytest.mark.parametrize(("name", "unit"), [(name, unit) for name, unit in EACH if name not in ENCODERS])
+def test_generation_with_cache_equals_recomputation(name, unit):
+    assert report.cache_equals_recomputation(name, unit)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_only_the_module_itself_changes(name):
+@pytest.mark.parametrize(("name", "unit"), EACH)
+def test_only_the_module_itself_changes(name, unit):
     model = tiny_model(name)
     before = dict(model.named_parameters())
-    for module in depth2_modules(model, [1]):
-        mine = [group.path for group in module.groups] + [f"{module.name}.{path}" for path in module.layout.lists]
+    for module in depth2_modules(model, [1], unit=unit):
+        mine = [group.path for group in module.groups if group.index.numel()]  # not keys and values of query heads
+        mine += [f"{module.name}.{path}" for path in module.layout.lists]
         expected = {f"{path}.{part}" for path in mine for part in ("weight", "bias")} & before.keys()
         expected -= {f"{module.level2.path}.bias"}  # it belongs to the outputs
-        remove_units(module, torch.arange(1, module.n_units))
+        remove_units(module, unit_sets(module)[:, 1:].flatten())
         after = dict(model.named_parameters())
         changed = {key for key in before.keys() | after.keys() if after.get(key) is not before.get(key)}
         lists = tuple(f"{module.name}.{path}." for path in module.layout.lists)
@@ -81,16 +84,16 @@ def test_only_the_module_itself_changes(name):
         before = after
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_an_interruption_in_the_middle_leaves_the_model_whole(name):
+@pytest.mark.parametrize(("name", "unit"), EACH)
+def test_an_interruption_in_the_middle_leaves_the_model_whole(name, unit):
     model = tiny_model(name)
     logits, before = logits_of(model), state_of(model)
 
     def cut_then_stop():
         with undone_on_error(model):
-            for module in depth2_modules(model):
-                remove_units(module, torch.tensor([0]))
-            assert {module.n_units for module in depth2_modules(model)} == {1}
+            for module in depth2_modules(model, unit=unit):
+                remove_units(module, unit_sets(module)[:, 0])
+            assert {module.n_units for module in depth2_modules(model, unit=unit)} <= {1, 2}
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -100,28 +103,32 @@ def test_an_interruption_in_the_middle_leaves_the_model_whole(name):
     assert torch.equal(logits_of(model), logits)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_cutting_twice_equals_cutting_once(name):
+@pytest.mark.parametrize(("name", "unit"), EACH)
+def test_cutting_twice_equals_cutting_once(name, unit):
     """Also where the kept heads have to be remembered (alibi) or the config is read (Phi-3)."""
     twice, once = tiny_model(name), tiny_model(name)
-    for module in depth2_modules(twice, [1]):
-        remove_units(module, torch.arange(module.n_units)[module.n_units > 2 :])  # the first goes, if three are left
-    for module in depth2_modules(twice, [1]):
-        remove_units(module, torch.arange(module.n_units)[:-1])
-    for module in depth2_modules(once, [1]):
-        remove_units(module, torch.arange(module.n_units)[module.n_units > 2 : -1])
+
+    def cut(model, first, last):
+        """Every set loses its first and its last, if it has three."""
+        for module in depth2_modules(model, [1], unit=unit):
+            sets = torch.arange(module.n_units).view(module.n_sets, -1)
+            remove_units(module, sets[:, first and sets.shape[1] > 2 : sets.shape[1] - last].flatten())
+
+    cut(twice, first=True, last=False)
+    cut(twice, first=False, last=True)
+    cut(once, first=True, last=True)
     assert torch.equal(logits_of(twice), logits_of(once))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_copy_works_like_the_original(name):
-    removed, _ = removed_and_zeroed(name, None, [0, 1])
+@pytest.mark.parametrize(("name", "unit"), EACH)
+def test_a_copy_works_like_the_original(name, unit):
+    removed, _ = removed_and_zeroed(name, None, [0, 1], unit)
     assert torch.equal(logits_of(copy.deepcopy(removed)), logits_of(removed))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_reloads_with_the_same_logits(name, tmp_path):
-    assert report.reloads(name, tmp_path / "pruned")
+@pytest.mark.parametrize(("name", "unit"), EACH)
+def test_reloads_with_the_same_logits(name, unit, tmp_path):
+    assert report.reloads(name, unit, tmp_path / "pruned")
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "phi3", "falcon-7b", "bloom", "opt", "olmo2"])
@@ -199,21 +206,21 @@ def test_opt_with_a_stale_head_count_is_silently_wrong():
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    words = {name: report.export(name, folder) for name in CONFIGS}
+    words = {(name, unit): report.export(name, unit, folder) for name, unit in EACH}
     return words, report.load_plainly(folder)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_plain_export(name, exported):
+@pytest.mark.parametrize(("name", "unit"), EACH)
+def test_plain_export(name, unit, exported):
     words, loaded = exported
-    assert words[name] == RECORDED[name]["export"]
-    if words[name] == "no":
-        assert name not in loaded
+    assert words[name, unit] == RECORDED[name]["export"]
+    if words[name, unit] == "no":
+        assert f"{name}+{unit}" not in loaded
     else:
-        assert loaded[name][1] <= 1e-5
+        assert loaded[f"{name}+{unit}"][1] <= 1e-5
 
 
-def llama_with_six_of_eight_heads(**values):
+def llama_with_six_of_eight_heads(unit="query", **values):
     """LLaMA-7B's 32 -> 24 heads at width 4,096 in small: 64 is no multiple of 6."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -221,8 +228,9 @@ def llama_with_six_of_eight_heads(**values):
         initializer_range=0.2, max_position_embeddings=64, **values,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
-    for module in depth2_modules(model):
-        remove_units(module, torch.arange(module.n_units * 3 // 4))
+    for module in depth2_modules(model, unit=unit):
+        sets = unit_sets(module)
+        remove_units(module, sets[:, : sets.shape[1] * 3 // 4].flatten())
     return model
 
 
@@ -231,7 +239,11 @@ def test_llama_with_a_head_count_its_config_refuses_becomes_mistral(tmp_path):
         "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
     }  # fmt: skip
-    variants = {"llama-1": {}, "llama-3-1": {"num_key_value_heads": 4, "rope_parameters": scaled}}
+    variants = {
+        "llama-1": {},
+        "llama-3-1": {"num_key_value_heads": 2, "rope_parameters": scaled},
+        "llama-3-1-kv": {"num_key_value_heads": 4, "rope_parameters": scaled, "unit": "kv"},
+    }
     for name, values in variants.items():
         model = llama_with_six_of_eight_heads(**values)
         export_plain(model, tmp_path / name)
@@ -252,7 +264,7 @@ def test_llama_with_biases_and_a_head_count_that_no_config_takes(tmp_path):
 def test_what_a_plain_config_cannot_say_is_refused(tmp_path):
     model = tiny_model("llama")
     remove_units(depth2_modules(model)[1], torch.arange(40))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp .*same number of units, found \[40, 80\]; use"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp .*same number of units, found 40, 80; use"):
         export_plain(model, tmp_path / "model")
     model = tiny_model("gpt2")
     for module in depth2_modules(model, kinds={"attention"}):
@@ -260,15 +272,15 @@ def test_what_a_plain_config_cannot_say_is_refused(tmp_path):
     with pytest.raises(UnsupportedModule, match=r"a plain gpt2 config cannot say that .*attn has 2 of 4 units"):
         export_plain(model, tmp_path / "model")
     model = tiny_model("llama-gqa")  # biases: no Mistral has them; 48 is a multiple of 2, so Llama itself takes it
-    for module in depth2_modules(model):
+    for module in depth2_modules(model, unit="kv"):
         remove_units(module, torch.arange(module.n_units // 2))
     export_plain(model, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_group_channels_and_weights_agree():
-    for name in CONFIGS:
-        for module in depth2_modules(tiny_model(name), [0]):
+    for name, unit in EACH:
+        for module in depth2_modules(tiny_model(name), [0], unit=unit):
             for group in module.groups:
                 owned = group.index.flatten()
                 assert len(owned.unique()) == len(owned) <= group.n_channels

@@ -253,7 +253,7 @@ CALLS = {
         (lambda t: BatchEncoding({"input_ids": t}), "its \\['input_ids'\\] as a tensor"),
         (lambda t: {"input_ids": t}, "its \\['input_ids'\\] as a tensor"),
         (lambda t: t.tolist(), "torch.tensor\\(...\\) of it"),
-        (lambda t: list(t), "torch.tensor\\(...\\) of it"),
+        (lambda t: list(t), "torch.stack\\(...\\) of it"),
         (lambda t: t.numpy(), "torch.tensor\\(...\\) of it"),
         (lambda t: None, "torch.tensor\\(...\\) of it"),
     ],
@@ -320,6 +320,18 @@ def test_a_byte_order_mark_says_the_encoding(encoding, suffix, tmp_path):
     assert both_sides(path) == sorted(TEXTS)
 
 
+@pytest.mark.parametrize("name", ["mine[1].txt", "m?ne.txt", "*.txt", "a::b.txt", "mine[1].parquet"])
+def test_names_that_look_like_patterns_are_names(name, tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "mine.txt").write_text("Another file.\n\n" * 30)
+    if name.endswith("parquet"):
+        Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n\n".join(TEXTS), "utf-8")
+    assert both_sides(tmp_path / name) == sorted(TEXTS)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -329,6 +341,8 @@ def test_a_byte_order_mark_says_the_encoding(encoding, suffix, tmp_path):
         ("broken.jsonl", b'{"text": "one"}\n{"text": \n', "cannot be read as json: "),
         ("broken.parquet", b"PAR1 and no more", "cannot be read as parquet: "),
         ("empty.txt", b"", "paragraphs or rows|cannot be read as text"),
+        ("one.txt", b"A single paragraph.", r"has 1 paragraphs \(with blank lines between .* 'test'"),
+        ("mixed.jsonl", b'{"text": "one"}\n{"text": 5}', "expected rows of one kind in .*, found '5' among them"),
         ("list.json", b"[1, 2]", "expected text, or chat messages .* found '1'"),
         ("numbers.csv", b"text,other\n1,a\n2,b\n", "expected text, or chat messages .* found '1'"),
         ("other.csv", b"body,title\na,b\n", r"column 'text' in .* found \['body', 'title'\]; name one with column="),

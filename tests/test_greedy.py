@@ -46,10 +46,12 @@ def channels_of(index, n_channels, units):
     return sorted(set(range(n_channels)) - set(index.flatten().tolist()) | set(index[list(units)].flatten().tolist()))
 
 
-def slow_greedy(z, y, index, n_keep):
+def slow_greedy(z, y, index, n_keep, n_sets=1):
     left, order, errors = list(range(len(index))), [], []
     while len(left) > n_keep:
-        rest = {u: channels_of(index, z.shape[1], set(left) - {u}) for u in left}
+        sets = [u // (len(index) // n_sets) for u in left]
+        due = [u for u, its in zip(left, sets, strict=True) if sets.count(its) == max(map(sets.count, sets))]
+        rest = {u: channels_of(index, z.shape[1], set(left) - {u}) for u in due}
         trials = {u: ridge_error(z, y, channels)[0] for u, channels in rest.items()}
         gone = min(trials, key=trials.get)
         left.remove(gone)
@@ -60,14 +62,17 @@ def slow_greedy(z, y, index, n_keep):
 
 @pytest.mark.parametrize("block", [1, 3, 32])
 @pytest.mark.parametrize("others", [0, 5])
-@pytest.mark.parametrize(("n_units", "width", "n_keep"), [(24, 1, 1), (24, 1, 10), (8, 3, 1), (8, 3, 3)])
-def test_the_path_equals_solving_again_after_every_removal(n_units, width, n_keep, others, block):
+@pytest.mark.parametrize(
+    ("n_units", "width", "n_keep", "n_sets"),
+    [(24, 1, 1, 1), (24, 1, 10, 1), (8, 3, 1, 1), (8, 3, 3, 1), (9, 2, 3, 3), (8, 2, 4, 2), (12, 1, 4, 2)],
+)
+def test_the_path_equals_solving_again_after_every_removal(n_units, width, n_keep, n_sets, others, block):
     """Down to the last unit, so that the matrices are compacted on the way; the arguments stay as they are."""
     z, y, index = problem(n_units, width, others=others)
     h, b = normal(z, y)
     given = h.clone(), b.clone()
-    path = eliminate(h, b, index, n_keep, block=block)
-    order, errors, left = slow_greedy(z, y, index, n_keep)
+    path = eliminate(h, b, index, n_keep, block=block, n_sets=n_sets)
+    order, errors, left = slow_greedy(z, y, index, n_keep, n_sets)
     assert path.order.tolist() == order
     assert path.keep.tolist() == left
     everything = ridge_error(z, y, range(z.shape[1]))[0]
@@ -95,6 +100,52 @@ def test_against_the_optimum_over_all_subsets(seed):
         best = min(errors.values())
         assert errors[tuple(greedy.tolist())] <= best * (1.75 if n_keep < 7 else 1 + 1e-9)  # an average subset: 2.7
         assert errors[tuple(traded.tolist())] <= best * 1.1
+
+
+def subsets_of_sets(n_sets, in_set, n_keep):
+    """All subsets with the same number of every set."""
+    per_set = [
+        list(itertools.combinations(range(s * in_set, (s + 1) * in_set), n_keep // n_sets)) for s in range(n_sets)
+    ]
+    return [sum(parts, ()) for parts in itertools.product(*per_set)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_the_optimum_over_all_subsets_of_equal_numbers(seed):
+    """A round of three sets comes near the best of all 27 that take one of each; trades inside the sets come nearer."""
+    z, y, index = problem(9, 2, seed=seed)
+    h, b = normal(z, y)
+    nested = set(range(9))
+    for n_keep in (6, 3):
+        errors = {
+            keep: ridge_error(z, y, index[list(keep)].flatten().tolist())[0] for keep in subsets_of_sets(3, 3, n_keep)
+        }
+        greedy = eliminate(h, b, index, n_keep, n_sets=3).keep
+        assert set(greedy.tolist()) < nested  # rounds do not depend on how many there are
+        nested = set(greedy.tolist())
+        traded, _ = swap(h, h @ b, index, greedy, tries=9, n_sets=3)
+        best = min(errors.values())
+        assert best * (1 - 1e-9) <= errors[tuple(traded.tolist())] <= errors[tuple(greedy.tolist())] * (1 + 1e-9)
+        assert errors[tuple(greedy.tolist())] < sum(errors.values()) / len(errors)
+        assert errors[tuple(traded.tolist())] <= best * 1.2
+
+
+def test_swaps_stay_inside_their_sets():
+    """From the worst subset down to one that no trade inside a set improves; trades between sets would go on."""
+    z, y, index = problem(8, 2, seed=3)
+    h, b = normal(z, y)
+    error = lambda keep: ridge_error(z, y, index[list(keep)].flatten().tolist())[0]  # noqa: E731
+    worst = max(subsets_of_sets(2, 4, 4), key=error)
+    found, trades = swap(h, h @ b, index, torch.tensor(worst), tries=8, n_sets=2)
+    kept = set(found.tolist())
+    assert trades > 0
+    assert len(kept & {0, 1, 2, 3}) == len(kept & {4, 5, 6, 7}) == 2
+    trials = {(gone // 4 == back // 4): [] for gone, back in itertools.product(kept, range(8))}
+    for gone, back in itertools.product(kept, set(range(8)) - kept):
+        trials[gone // 4 == back // 4].append(error({*kept, back} - {gone}))
+    assert min(trials[True]) >= error(kept) * (1 - 1e-9)
+    free, _ = swap(h, h @ b, index, found, tries=8)
+    assert (min(trials[False]) < error(kept)) == (free.tolist() != found.tolist())
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -172,8 +223,9 @@ def test_prune_keeps_what_the_elimination_keeps(name, swaps):
         if linear.bias is not None:
             h = h - torch.outer(moments.x, moments.x) / moments.n
         h = h + damp * h.diagonal().mean() * torch.eye(len(h)).to(h)
-        keep = eliminate(h, solution.weight.T, module.level2.index, seen.n_keep).keep
-        keep = swap(h, h @ solution.weight.T, module.level2.index, keep, swaps)[0]
+        sets = {"n_sets": module.n_sets}
+        keep = eliminate(h, solution.weight.T, module.level2.index, seen.n_keep, **sets).keep
+        keep = swap(h, h @ solution.weight.T, module.level2.index, keep, swaps, **sets)[0]
         path[module.name] = keep
         return exact_greedy(module, seen, swaps=swaps)
 
@@ -195,7 +247,7 @@ def test_it_has_the_least_error_of_its_module(name):
     assert errors["swaps"] <= errors["greedy"] * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_whole_path_scores_are_the_rising_error(name):
     """Without targets: the error per token of imitating the module's own outputs without the units up to each one."""
     model, tokens, z = tiny_model(name), calibration(24, seed=1), {}
@@ -212,7 +264,9 @@ def test_whole_path_scores_are_the_rising_error(name):
         x = x if linear.bias is None else x - x.mean(0)
         w = weight_of(linear).T
         lam = 0.05 * x.square().sum() / x.shape[1]
-        for gone in range(1, module.n_units):
+        sets = order // (module.n_units // module.n_sets)
+        assert all(len(set(part.tolist())) == module.n_sets for part in sets.view(-1, module.n_sets))  # rounds
+        for gone in range(1, module.n_units - module.n_sets + 1):
             stays = module.level2.index[order[gone:]].flatten()
             # min ||X W - X_s V||^2 + lam ||W - V||^2, V zero outside s
             above = torch.cat([x, lam.sqrt() * torch.eye(x.shape[1]).to(x)])

@@ -81,7 +81,7 @@ def test_criteria_on_wide_units(bias):
     n = N_UNITS * WIDTH
     x = torch.randn(1500, n, generator=generator, dtype=torch.float64) + 0.5
     linear = nn.Linear(n, D_Y, bias).double()
-    module = SimpleNamespace(n_units=N_UNITS, level2=SimpleNamespace(linear=linear, index=INDEX))
+    module = SimpleNamespace(n_units=N_UNITS, n_sets=1, level2=SimpleNamespace(linear=linear, index=INDEX))
     moments = Moments("wide")
     moments.update(x)
     centred = (x - x.mean(0) if bias else x).numpy()
@@ -123,7 +123,7 @@ def test_single_precision_solves_beside_loud_channels(features, loud):
 
 def module_of(linear, width=1):
     index = torch.arange(linear.in_features).view(-1, width)
-    return SimpleNamespace(n_units=len(index), level2=SimpleNamespace(linear=linear, index=index))
+    return SimpleNamespace(n_units=len(index), n_sets=1, level2=SimpleNamespace(linear=linear, index=index))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,32 @@ def test_single_precision_beside_loud_channels_that_agree(features, agree, loud,
     if features == 256:
         exact, single = (exact_greedy(module_of(linear), Seen(None, moments)) for moments in (wide, narrow))
         torch.testing.assert_close(single, exact, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(("offset", "within"), [(30, 1e-3), (100, 1e-3), (1000, 0.03), (1e4, 0.03)])
+@pytest.mark.parametrize("through", [False, True])
+def test_single_precision_beside_a_channel_with_a_large_mean(offset, within, through):
+    """About the mean, single precision knows little or nothing of it: then its weights stay, and harm no other."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, 256, generator=generator)
+    x[:, 1:] += 0.5 * x[:, :-1]
+    x[:, 7] += offset
+    y = x + 0.3 * torch.randn(1024, 256, generator=generator) if through else x[:, :16].tanh()
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 16).requires_grad_(False)
+    narrow, exact = Moments("narrow", dtype=torch.float32), Moments("exact")
+    narrow.update(x, y)
+    exact.update(x.double(), y.double())
+    found, best = (solve(m, linear.weight, linear.bias, through=through) for m in (narrow, exact))
+    wanted = linear(y).double() if through else y.double()
+
+    def error(solution):
+        return (wanted - x.double() @ solution.weight.double().T - solution.bias.double()).square().sum().item()
+
+    assert error(found) == pytest.approx(error(best), rel=within)
+    if offset <= 100 and not through:
+        costs = (obs_cost(module_of(linear), Seen(None, moments)) for moments in (narrow, exact))
+        torch.testing.assert_close(*costs, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("loud", [1, 30, 1000])

@@ -153,7 +153,7 @@ def test_nothing_is_left_behind(model, tokens):
 
 
 def test_what_it_cannot_do_is_said(model, tokens, tmp_path):
-    with pytest.raises(ValueError, match="expected a causal language model, found .* without a head"):
+    with pytest.raises(ValueError, match=r"expected a causal language model, found .* without a head"):
         output_fisher(model.base_model, tokens)
     gh.save_pruned(model, tmp_path / "saved")
     lazy, _ = gh.load_model(tmp_path / "saved", lazy=True)

@@ -37,9 +37,14 @@ def test_unknown_words_are_refused_with_the_known_ones(field):
 
 @pytest.mark.parametrize("criterion", [*CRITERIA, *PREPARED])
 def test_every_criterion_of_the_tables_runs(criterion):
-    report = prune(tiny_model("llama-gqa"), calibration(8), 0.5, Recipe(criterion, "none"), progress=False)
-    assert [step.units_after for step in report.steps] == [1, 40, 1, 40]
-    assert report.criterion == criterion
+    model = tiny_model("mistral")
+    for unit, left in {"query": [4, 60], "kv": [1, 40]}.items():  # the second time on 4 query heads of 2 KV heads
+        plan = dict(zip([m.name for m in depth2_modules(model)], left * 2, strict=True))
+        report = prune(model, calibration(8), None, Recipe(criterion, "none"), plan=plan, unit=unit, progress=False)
+        assert [step.units_after for step in report.steps] == left * 2
+        assert [step.unit for step in report.steps[:2]] == [{"query": "query head", "kv": "KV head"}[unit], "channel"]
+        assert report.criterion == criterion
+    assert [m.n_units for m in depth2_modules(model)] == [2, 40, 2, 40]
 
 
 @pytest.mark.parametrize("remedy", REMEDIES)
@@ -63,6 +68,7 @@ def test_recipes_in_words():
     assert str(RECOMMENDED) == "exact greedy + both, residual"
     assert str(FLAP) == "FLAP WIFV, adaptive + bias"
     assert str(Recipe(second_moment, "none")) == "second moment"
+    assert str(Recipe(second_moment, "none", allocation="floor")) == "second moment"  # equal shares by either rule
     assert Recipe("L2", Remedy(after=lambda *_: None)).names["remedy"].startswith("Remedy(")
 
 

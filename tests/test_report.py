@@ -34,3 +34,27 @@ def test_figure_shows_shares_and_errors(report):
     cut, end = (line.get_ydata().tolist() for line in right.lines)
     assert cut == [step.error_cut for step in report.steps]
     assert end == [step.error for step in report.steps]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "asked"),
+    [
+        ("uniform", "25% of the parameters of 4 modules in blocks 0 to 1"),
+        ("floor", "25% of the units of each of 4 modules in blocks 0 to 1, rounded down"),
+        ("adaptive", "25% of the parameters of 4 modules in blocks 0 to 1, spread by adaptive scores"),
+        ("cost", "25% of the parameters of 4 modules in blocks 0 to 1, spread by cost scores"),
+    ],
+)
+def test_words_for_what_was_asked(allocation, asked):
+    model, before = tiny_model("llama"), tiny_model("llama").num_parameters()
+    report = quiet(model, calibration(30), 0.25, criterion="output energy", allocation=allocation)
+    gone = before - model.num_parameters()
+    modules = 2 * (4 * 48 * 48 + 3 * 48 * 80)
+    done = f"{gone / modules:.2%} of their parameters, {gone / (modules + 4 * 48):.2%} of the blocks' parameters, "
+    assert f"asked: {asked}; removed: {done}{gone / before:.2%} of the model's ({before:,} ->" in str(report)
+
+
+def test_nothing_to_prune_is_nothing_removed():
+    report = quiet(tiny_model("llama"), calibration(), 0.25, blocks=[])
+    assert report.removed == {"modules": 0.0, "blocks": 0.0, "total": 0.0}
+    assert "asked: 25% of the parameters of no module; removed: 0.00% of their parameters" in str(report)

@@ -150,12 +150,14 @@ def test_sdpa_is_refused_with_the_way_out(tokens):
 
 def test_divergences_of_a_model_are_those_of_its_blocks(tokens):
     model = tiny_model("llama-gqa", attention="eager")
-    found = divergences_of(model, tokens, batch_size=4)
     with torch.no_grad():
         maps = model(input_ids=tokens, output_attentions=True).attentions
-    assert list(found) == [m.name for m in depth2_modules(model, kinds={"attention"})]
-    for values, block in zip(found.values(), maps, strict=True):
-        torch.testing.assert_close(values, unit_divergence(head_divergence([block]), 2), rtol=1e-5, atol=1e-7)
+    for unit, group in {"query": 1, "kv": 2}.items():
+        found = divergences_of(model, tokens, batch_size=4, unit=unit)
+        assert list(found) == [m.name for m in depth2_modules(model, kinds={"attention"})]
+        for values, block in zip(found.values(), maps, strict=True):
+            assert len(values) == 4 // group
+            torch.testing.assert_close(values, unit_divergence(head_divergence([block]), group), rtol=1e-5, atol=1e-7)
 
 
 def peak_rise(call):

@@ -5,8 +5,9 @@ import torch
 from tiny import tiny_model
 from transformers import XLMConfig, XLMModel
 
-from greedy_helpers import depth2_modules, set_weight, weight_of
-from greedy_helpers.structure import UnknownFamily, channel_index, eval_mode
+from greedy_helpers import depth2_modules, set_weight
+from greedy_helpers.layouts import channel_index
+from greedy_helpers.structure import UnknownFamily, eval_mode
 
 
 def test_channel_index_by_hand():
@@ -26,18 +27,51 @@ def test_channels_that_do_not_factor(n_channels):
         channel_index("kv group dim", n_channels, "q_proj", group=2, dim=2)
 
 
-def test_modules_of_each_family(model):
-    modules = depth2_modules(model)
+@pytest.mark.parametrize("unit", ["query", "kv"])
+def test_modules_of_each_family(unit, model):
+    modules = depth2_modules(model, unit=unit)
     assert [module.block for module in modules] == [0, 0, 1, 1]
-    heads = {"llama": model.config.num_attention_heads, "gpt2": 4}[model.config.model_type]
-    if getattr(model.config, "num_key_value_heads", heads) < heads:
-        heads = model.config.num_key_value_heads
+    grouped = getattr(model.config, "num_key_value_heads", 4) == 2
+    heads = 2 if grouped and unit == "kv" else 4
     assert [module.n_units for module in modules] == [heads, 80, heads, 80]
+    assert [module.n_sets for module in modules[:2]] == [2 if grouped and unit == "query" else 1, 1]
+    words = {"query": "query head", "kv": "KV head"}[unit] if grouped else "head"
+    assert [module.unit for module in modules[:2]] == [words, "channel"]
     for module in modules:
-        for group in module.groups:  # every channel belongs to exactly one unit
-            n_channels = weight_of(group.linear).shape[0 if group.side == "out" else 1]
-            assert torch.equal(torch.sort(group.index.flatten()).values, torch.arange(n_channels))
+        for key, group in module.level1.items():  # every channel belongs to exactly one unit
+            shared = words == "query head" and key in ("k_proj", "v_proj")
+            owned = torch.arange(0 if shared else group.n_channels)
+            assert torch.equal(torch.sort(group.index.flatten()).values, owned)
             assert model.get_submodule(group.path) is group.linear
+        assert torch.equal(torch.sort(module.level2.index.flatten()).values, torch.arange(module.level2.n_channels))
+
+
+def test_query_heads_by_hand():
+    assert channel_index("kv group dim", 8, finer=True, group=2, dim=2).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    fused = channel_index("kv group dim | kv dim | kv dim", 8, finer=True, group=2, dim=1).tolist()
+    assert fused == [[0], [1], [2], [3]]  # 4..7 are the keys and values of two KV heads
+    falcon = channel_index("kv group+2 dim", 10, finer=True, group=3, dim=1).tolist()
+    assert falcon == [[0], [1], [2], [5], [6], [7]]
+    assert channel_index("kv dim", 4, finer=True, group=3, dim=2).shape == (6, 0)
+
+
+def test_a_unit_for_some_modules_only():
+    model = tiny_model("mistral")
+    second = "model.layers.1.self_attn"
+    found = depth2_modules(model, kinds=["attention"], unit={second: "kv"})
+    assert [(module.unit, module.n_units) for module in found] == [("query head", 6), ("KV head", 2)]
+    assert [module.unit for module in depth2_modules(model, [1], unit={second: "kv"})] == ["KV head", "channel"]
+
+
+@pytest.mark.parametrize("unit", ["head", None, ["kv"], {"model.layers.0.self_attn": "KV head"}])
+def test_a_unit_that_does_not_exist(unit):
+    with pytest.raises(ValueError, match=r"expected as unit of grouped-query attention .*'query', 'kv'.*found"):
+        depth2_modules(tiny_model("mistral"), unit=unit)
+
+
+def test_a_unit_for_a_module_that_does_not_exist():
+    with pytest.raises(KeyError, match=r"no module 'model\.layers\.2\.self_attn'; it has model\.layers\.0\.mlp"):
+        depth2_modules(tiny_model("mistral"), [0], unit={"model.layers.2.self_attn": "kv"})
 
 
 def test_some_blocks_only():

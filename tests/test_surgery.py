@@ -5,28 +5,30 @@ import dataclasses
 import pytest
 import torch
 from conftest import assert_untouched, state_of
-from tiny import tiny_model
+from tiny import tiny_model, unit_sets
 
 from greedy_helpers import depth2_modules, remove_units, set_weight, surgery, zero_units
 
 
 @pytest.mark.parametrize(
-    ("name", "linear", "deal_out"),
+    ("name", "unit", "linear", "deal_out"),
     [
-        ("llama-gqa", "q_proj", lambda n: torch.arange(n).view(2, 2, 12).movedim(1, 0).reshape(2, -1)),  # group kv dim
-        ("gpt2", "c_attn", lambda n: torch.arange(n).view(4, -1)),  # q, k, v interleaved per head, as GPT-NeoX has it
+        ("mistral", "kv", "q_proj", lambda n: torch.arange(n).view(3, 2, 16).movedim(1, 0).reshape(2, -1)),
+        ("mistral", "query", "q_proj", lambda n: torch.arange(n).view(3, 2, 16).movedim(1, 0).reshape(6, -1)),
+        ("gpt2", "query", "c_attn", lambda n: torch.arange(n).view(4, -1)),  # interleaved, as GPT-NeoX has it
     ],
 )
-def test_the_oracle_has_teeth(name, linear, deal_out, tokens):
-    """The same channels dealt out wrongly: right shapes, and removal no longer equals zeroing."""
+def test_the_oracle_has_teeth(name, unit, linear, deal_out, tokens):
+    """The same channels dealt out wrongly ("group kv dim"): right shapes, and removal no longer equals zeroing."""
     removed, zeroed = tiny_model(name), tiny_model(name)
-    right = depth2_modules(removed)[0]
+    right = depth2_modules(removed, unit=unit)[0]
     group = right.level1[linear]
     index = deal_out(group.index.numel())
     assert index.shape == group.index.shape
     wrong = dataclasses.replace(right, level1=right.level1 | {linear: dataclasses.replace(group, index=index)})
-    remove_units(wrong, torch.tensor([0]))
-    zero_units(depth2_modules(zeroed)[0], torch.arange(1, right.n_units))
+    sets = torch.arange(right.n_units).view(right.n_sets, -1)
+    remove_units(wrong, sets[:, :1].flatten())
+    zero_units(depth2_modules(zeroed, unit=unit)[0], sets[:, 1:].flatten())
     with torch.no_grad():
         assert (removed(tokens).logits - zeroed(tokens).logits).abs().max() > 0.1
 
@@ -43,32 +45,35 @@ def test_sizes_follow_the_weights():
     assert depth2_modules(model)[0].n_units == 3
 
 
+@pytest.mark.parametrize("unit", ["query", "kv"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_device_and_frozen_parameters_are_kept(dtype, device, model):
+def test_dtype_device_and_frozen_parameters_are_kept(dtype, device, unit, model):
     model = model.to(device, dtype).requires_grad_(False)
-    for module in depth2_modules(model):
-        remove_units(module, torch.tensor([0, 1]))
+    for module in depth2_modules(model, unit=unit):
+        remove_units(module, unit_sets(module)[:, ::2].flatten())
     for name, parameter in model.named_parameters():
         assert (parameter.dtype, parameter.device.type) == (dtype, device), name
         assert not parameter.requires_grad
         assert parameter.is_contiguous()
 
 
-def test_out_of_memory_in_the_middle_of_one_cut(model, monkeypatch):
+@pytest.mark.parametrize("unit", ["query", "kv"])
+def test_out_of_memory_in_the_middle_of_one_cut(unit, model, monkeypatch):
     """All but the last of the module's linears are cut already: they are put back."""
-    before, module, calls = state_of(model), depth2_modules(model)[0], []
+    before, module, calls = state_of(model), depth2_modules(model, unit=unit)[0], []
+    cut = [group for group in module.groups if group.index.numel()]
 
     def runs_out_of_memory(*args):
         calls.append(args)
-        if len(calls) == len(module.groups):
+        if len(calls) == len(cut):
             raise MemoryError
         set_weight(*args)
 
     monkeypatch.setattr(surgery, "set_weight", runs_out_of_memory)
     with pytest.raises(MemoryError):
-        remove_units(module, torch.tensor([0]))
-    assert len(calls) == len(module.groups)
+        remove_units(module, unit_sets(module)[:, 0])
+    assert len(calls) == len(cut)
     assert_untouched(model, before)
 
 

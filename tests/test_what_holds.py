@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import calibration
-from tiny import VOCABULARY, tiny_model
+from tiny import VOCABULARY, tiny_model, unit_sets
 from transformers import AutoModelForCausalLM
 
 from greedy_helpers import FLAP, depth2_modules, export_plain, load_model, load_pruned, prune, remove_units, save_pruned
@@ -24,7 +24,8 @@ def pruned(name, dtype=torch.float64, **sizes):
     """Blocks of different sizes: other heads and channels in each."""
     model = tiny_model(name, dtype, **sizes)
     for i, module in enumerate(depth2_modules(model)):
-        remove_units(module, torch.arange(module.n_units)[min(1 + i, module.n_units - 1) :])
+        sets = unit_sets(module)
+        remove_units(module, sets[:, min(1 + i, sets.shape[1] - 1) :].flatten())
     return model
 
 

@@ -14,7 +14,7 @@ _GPT2_SIZE = {
     "vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 80, "n_positions": 64,
     "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-_GROUPED = {"num_key_value_heads": 2}
+_GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2}
 _HIDDEN_48 = {
     "hidden_size": 48,
     "vocab_size": VOCABULARY,
@@ -27,7 +27,9 @@ _FALCON = _HIDDEN_48 | {"num_hidden_layers": 2, "num_attention_heads": 4, "ffn_h
 # name -> (classes' common prefix, config). Head counts, groups and dims differ, so that no two axes can be mixed up.
 CONFIGS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", _SIZE | {"head_dim": 12}),
-    "llama-gqa": ("Llama", _SIZE | _GROUPED | {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "llama-gqa": ("Llama", _SIZE | {
+        "num_key_value_heads": 2, "head_dim": 12, "attention_bias": True, "mlp_bias": True,
+    }),
     "gpt2": ("GPT2", _GPT2_SIZE | {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
     "mistral": ("Mistral", _SIZE | _GROUPED | {"head_dim": 16, "sliding_window": 8}),
     "qwen2": ("Qwen2", _SIZE | _GROUPED),
@@ -45,7 +47,9 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "gptj": ("GPTJ", _GPT2_SIZE | {"rotary_dim": 4}),
     "bloom": ("Bloom", _HIDDEN_48 | {"n_layer": 2, "n_head": 4}),
     "falcon-7b": ("Falcon", _FALCON | {"multi_query": True, "new_decoder_architecture": False, "alibi": False}),
-    "falcon-40b": ("Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "falcon-40b": ("Falcon", _FALCON | {
+        "new_decoder_architecture": True, "num_attention_heads": 6, "num_kv_heads": 2, "alibi": False,
+    }),
     "falcon-rw": ("Falcon", _FALCON | {"multi_query": False, "new_decoder_architecture": False, "alibi": True}),
     "olmo": ("Olmo", _SIZE | _GROUPED),
     "olmo2": ("Olmo2", _SIZE | _GROUPED),
@@ -81,6 +85,15 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, attention: str | N
     model = model_class(name)(config)
     randomize(model)
     return model.to(dtype).eval()
+
+
+def unit_sets(module) -> torch.Tensor:
+    """The module's units, long [n_sets, units of a set]; every set begins one place further on than the one before.
+
+    So some columns of it are the same number of every set, but not the same ones.
+    """
+    sets = torch.arange(module.n_units).view(module.n_sets, -1)
+    return torch.stack([units.roll(-place) for place, units in enumerate(sets)])
 
 
 @torch.no_grad()

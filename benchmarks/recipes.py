@@ -1,0 +1,127 @@
+"""Recipes side by side on a public model: perplexity behind the same budget, calibration text and unit.
+
+    python benchmarks/recipes.py --model smollm2-135m --calibration "c4.jsonl[:800]" \
+        --text "WikiText-2=wiki.test.raw" "C4=c4.jsonl[800:1000]" --out data/results/smollm2_recipes.json
+
+Adds the rows that are missing to the file, one by one: run it again to go on. Text is recorded by its sha256. With
+`--picture FILE.png` nothing is measured: what is recorded in `--out` is drawn, as the README shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from common import load_average, machine, save
+
+import greedy_helpers as gh
+from greedy_helpers.data import calibration_tokens, evaluation_tokens
+from greedy_helpers.evaluate import perplexity
+from greedy_helpers.recipes import Recipe
+
+RECIPES = {
+    "exact greedy, both, residual": Recipe("exact greedy", "both, residual"),
+    "OSSCAR": gh.OSSCAR,
+    "paper": Recipe("second moment", "pre"),
+    "FLAP": gh.FLAP,
+    "output energy, no repair": Recipe("output energy", "none"),
+}
+
+
+def digest(tokens: torch.Tensor) -> str:
+    """Of token ids: what was really read, whatever file or Hub it came from."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def draw(found: dict, file: Path) -> None:
+    """Excess log-perplexity per recipe and unit, a dot per text."""
+    from matplotlib import pyplot as plt
+
+    from greedy_helpers.course import plots
+
+    plots.use_course_style()
+    rows = sorted(found["rows"], key=lambda row: -sum(row[text] for text in found["dense"]))
+    names = [f"{row['recipe']} ({'query' if row['unit'] == 'query' else 'KV'} heads)" for row in rows]
+    fig, ax = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained", facecolor="white")
+    for number, (text, dense) in enumerate(found["dense"].items()):
+        excess = [math.log(row[text] / dense) for row in rows]
+        ax.plot(excess, names, "os"[number], color=f"C{number}", label=f"{text} (dense perplexity {dense:.1f})")
+        for y, (x, row) in enumerate(zip(excess, rows, strict=True)):
+            ax.annotate(f"{row[text]:.0f}", (x, y), (0, 6 if number == 0 else -11), textcoords="offset points",
+                        ha="center", fontsize=8, color=f"C{number}")  # fmt: skip
+    ax.set_xlim(0, 1.08 * ax.get_xlim()[1])
+    ax.set_xlabel("excess loss, nats per token (the numbers: perplexity)")
+    fig.suptitle("SmolLM2-135M without a quarter of its blocks, no retraining", fontsize=13)
+    ax.margins(y=0.12)
+    ax.grid(axis="y", alpha=0.3)
+    fig.legend(loc="outside lower center", ncols=2)
+    fig.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="folder or name, as load_model takes it")
+    parser.add_argument("--calibration", help="text source")
+    parser.add_argument("--text", nargs="+", default=[], metavar="NAME=SOURCE", help="held-out text")
+    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--unit", nargs="+", choices=["query", "kv"], default=["query", "kv"])
+    parser.add_argument("--ratio", nargs="+", type=float, default=[0.25])
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--windows", type=int, default=160, help="of 256 calibration tokens")
+    parser.add_argument("--judged", type=int, default=32, help="windows of 512 held-out tokens per text")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    if args.picture:
+        return draw(json.loads(args.out.read_text()), args.picture)
+    if not args.calibration or not args.text:
+        parser.error("--calibration and --text are needed to measure")
+    torch.set_num_threads(args.threads)
+
+    dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
+    sources = dict(text.split("=", 1) for text in args.text)
+    texts = {name: evaluation_tokens(tokenizer, args.judged, 512, source) for name, source in sources.items()}
+    settings = {
+        "calibration": f"{args.windows} random windows of 256 tokens",
+        "evaluation": f"{args.judged} evenly spaced windows of 512 tokens per text, each with an empty context",
+        "evaluation tokens, sha256": {name: digest(tokens) for name, tokens in texts.items()},
+        **machine("cpu"),
+    }
+    found = {"settings": settings, "dense": {}, "rows": []}
+    if args.out.exists():
+        found = json.loads(args.out.read_text())
+        if found["settings"] != settings:
+            parser.error(f"{args.out} was measured with {found['settings']}, not {settings}; name another file")
+    if not found["dense"]:
+        found["dense"] = {name: round(perplexity(dense, tokens, batch_size=4), 4) for name, tokens in texts.items()}
+        print(found["dense"], flush=True)
+
+    for seed, ratio, unit, name in itertools.product(args.seed, args.ratio, args.unit, args.recipe):
+        key = {"recipe": name, "ratio": ratio, "unit": unit, "seed": seed}
+        if any(row.items() >= key.items() for row in found["rows"]):
+            continue
+        calibration = calibration_tokens(tokenizer, args.windows, 256, args.calibration, seed=seed)
+        model, started, cpu = copy.deepcopy(dense), time.perf_counter(), time.process_time()
+        report = gh.prune(model, calibration, ratio, RECIPES[name], unit=unit, batch_size=16, progress=False)
+        spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        row = key | {k: v for k, v in RECIPES[name].names.items()}
+        row |= {text: round(perplexity(model, tokens, batch_size=4), 4) for text, tokens in texts.items()}
+        row |= {f"{part} removed": round(share, 5) for part, share in report.removed.items()}
+        row |= {"units left": [step.units_after for step in report.steps]}
+        row |= {"stream error": round(report.stream_errors[-1], 5), "calibration tokens, sha256": digest(calibration)}
+        row |= {k: round(v, 1) for k, v in spent.items()} | {"load average": load_average()}
+        print(row, flush=True)
+        found["rows"].append(row)
+        save(found, args.out)
+
+
+if __name__ == "__main__":
+    main()
