@@ -81,9 +81,9 @@ def test_the_pass_of_an_allocation_is_what_prune_was_asked_for(allocation, monke
     asked, dtypes, left = [], [], [1]
 
     class Counted(moments.Moments):
-        def __init__(self, name, dtype):
+        def __init__(self, name, dtype, **options):
             dtypes.append(dtype)
-            super().__init__(name, dtype)
+            super().__init__(name, dtype, **options)
 
     def criterion(module, seen):
         asked.append(module.name)
