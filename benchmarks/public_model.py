@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import greedy_helpers as gh
 from greedy_helpers.evaluate import evaluate_text, read_text
+from greedy_helpers.files import sha256_of
 from greedy_helpers.task_files import hub_rows, task_files
 from greedy_helpers.tasks import zero_shot
 
@@ -72,11 +73,6 @@ PUBLISHED = {
 }
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tensors_sha256(model: PreTrainedModel) -> str:
     """Of the weights in memory, in the order of their names: the same however the model was stored."""
     digest = hashlib.sha256()
@@ -90,7 +86,7 @@ def text_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
     pattern, rows, seq = TEXTS[part]
     (path,) = folder.glob(pattern)
     score = evaluate_text(model, read_text(tokenizer, f"{path}{rows}"), seq, batch_size=max(1, 1024 // seq))
-    return {"sha256": {path.name: sha256(path)}, **score.to_dict()}
+    return {"sha256": {path.name: sha256_of(path)}, **score.to_dict()}
 
 
 def task_row(
@@ -98,7 +94,7 @@ def task_row(
 ) -> dict:
     numbers = zero_shot(model, tokenizer, [task], data=folder, limit=limit, batch_size=8).loc[task]
     return {
-        "sha256": {path.name: sha256(path) for path in task_files(folder, task)},
+        "sha256": {path.name: sha256_of(path) for path in task_files(folder, task)},
         "items in the file": len(hub_rows(folder, task)),
         **{key: None if value != value else value for key, value in numbers.items()},
         "items": int(numbers["items"]),
@@ -142,7 +138,7 @@ def main() -> None:
     found = load()
     files = [*args.weights, *(sorted(Path(args.model).glob("*.safetensors")) if Path(args.model).is_dir() else [])]
     found["published, full precision"] = PUBLISHED
-    found["weights"] |= {path.name: sha256(path) for path in files}
+    found["weights"] |= {path.name: sha256_of(path) for path in files}
     save(found, args.out)
     for part in args.part:
         if not is_missing(part, found["rows"], args.data, args.limit):

@@ -7,20 +7,27 @@ Higher means keep. Scores are compared inside one module only. Writing your own 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .layouts import channel_index
 from .moments import Moments
 from .reconstruct import HELD_OUT, ridge
-from .structure import Depth2Module, UnitChoice, check_tokens, depth2_modules, eval_mode, weight_of
+from .structure import (
+    Depth2Module,
+    UnitChoice,
+    asking_for_gradients,
+    check_tokens,
+    depth2_modules,
+    eval_mode,
+    weight_of,
+)
 
 
 class Passes(Protocol):
@@ -383,7 +390,7 @@ def taylor_scores(
         return {path: torch.zeros_like(weight, dtype=wide[path]) for path, weight in weights.items() if wanted}
 
     gradient, fisher = zeros(first), zeros(second)
-    with eval_mode(model), torch.enable_grad(), _trainable(weights.values()):
+    with eval_mode(model), torch.enable_grad(), asking_for_gradients(weights.values(), True):
         for window in tokens.split(1 if second else batch_size):
             window = window.to(model.device)
             logits = model(input_ids=window, use_cache=False).logits[:, :-1].float()
@@ -408,19 +415,6 @@ def taylor_scores(
             channels = change.sum(over).abs() if kind == "vector" else change.abs().sum(over)
             scores[module.name] += channels[group.index.to(channels.device)].sum(1)
     return scores
-
-
-@contextmanager
-def _trainable(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Lets gradients reach weights that may be frozen."""
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
 
 
 def fixed_scores(module: Depth2Module, seen: Seen | None = None, *, scores: Mapping[str, Tensor]) -> Tensor:

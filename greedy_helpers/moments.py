@@ -190,13 +190,27 @@ class Moments:
         """Var(x_j) over all tokens (divided by n), [d_x]."""
         return (self.mean_square - (self.x / self.n).square()).clamp(min=0)
 
-    def relative_error(self, weight: Tensor, bias: Tensor | None = None) -> float:
-        """||Y - X W' - b||^2 / ||Y||^2 of a layer with `weight` [d_y, d_x] and `bias` [d_y], from the moments alone."""
+    def aim_through(self, weight: Tensor, bias: Tensor | None = None) -> Moments:
+        """The same inputs, paired with what a layer makes of the y they are paired with now; without Y's energy."""
         w = weight.to(self.xx)
-        error = self.yy + ((w @ self.xx - 2 * self.xy.T) * w).sum()
+        xy, y = self.xy @ w.T, w @ self.y
+        if bias is not None:
+            b = bias.to(self.xx)
+            xy, y = xy + torch.outer(self.x, b), y + self.n * b
+        return self._with(xx=self.xx, x=self.x, xy=xy, y=y, yy=None)
+
+    def squared_error(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """||Y - X W' - b||^2 - ||Y||^2 of a layer with `weight` [d_y, d_x] and `bias` [d_y], from the moments alone."""
+        w = weight.to(self.xx)
+        error = ((w @ self.xx - 2 * self.xy.T) * w).sum()
         if bias is not None:
             bias = bias.to(self.xx)
             error = error + self.n * bias.square().sum() + 2 * bias @ (w @ self.x) - 2 * bias @ self.y
+        return error
+
+    def relative_error(self, weight: Tensor, bias: Tensor | None = None) -> float:
+        """||Y - X W' - b||^2 / ||Y||^2 of such a layer."""
+        error = self.yy + self.squared_error(weight, bias)
         return max(0.0, (error / self.yy).item()) if self.yy > 0 else 0.0
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .large.distributed import all_sum, share_of
 from .large.lazy import is_lazy
-from .structure import check_tokens, depth2_modules, eval_mode
+from .structure import asking_for_gradients, check_tokens, depth2_modules, eval_mode
 
 
 def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batch_size: int = 1) -> dict[str, Tensor]:
@@ -45,7 +45,12 @@ def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batc
     count, tokens = tokens.numel(), share_of(tokens)
     sums: dict[str, Tensor] = {}
     generator = torch.Generator(model.device).manual_seed(seed)
-    with eval_mode(model), _frozen(model), _gradients(model, outputs, sums), torch.enable_grad():
+    with (
+        eval_mode(model),
+        asking_for_gradients(model.parameters(), False),
+        _gradients(model, outputs, sums),
+        torch.enable_grad(),
+    ):
         for windows in tokens.split(batch_size):
             logits = model(input_ids=windows.to(model.device), use_cache=False).logits.float()
             with torch.no_grad():
@@ -53,19 +58,6 @@ def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batc
             F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
     all_sum(*sums.values())
     return {name: total / count for name, total in sums.items()}
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

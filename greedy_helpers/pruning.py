@@ -176,18 +176,10 @@ def prune(
     started, before = time.perf_counter(), count_parameters(model)
     modules = _check_arguments(model, calibration, ratio, recipe, plan, blocks, kinds, unit, work_dir)
     where = {"batch_size": batch_size, "device": device, "store": store}
-    criterion, remedy = recipe.resolved(model, calibration, unit)
-    if plan is None:
-        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
-        score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
-        dense = Dense(score, partial(loss_metric, model, calibration))
-        plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
-    plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
-    job = Job(criterion, remedy, recipe.damp, plan, unit, precision)
+    job = _job(model, calibration, ratio, recipe, plan, modules, unit, precision, where)
     of_modules = sum(map(module_parameters, modules))
-    parameters = {"modules": [of_modules, of_modules - removed_parameters(modules, plan)]}
-    total, last = len(modules), max((module.block for module in modules), default=-1)
-
+    parameters = {"modules": [of_modules, of_modules - removed_parameters(modules, job.plan)]}
+    last = max((module.block for module in modules), default=-1)
     step = with_smaller_batches(prune_block)
     if work_dir is not None:
         settings = _settings(ratio, recipe, job, modules) | {"batch_size": batch_size}
@@ -195,7 +187,7 @@ def prune(
     del modules  # their indices would grow with the model's depth
     names = recipe.names | ({"allocation": "plan"} if ratio is None else {})
     steps, stream_errors, streams = [], [], None
-    bar = tqdm(total=total, desc="prune", unit="module", disable=not progress or not is_first())
+    bar = tqdm(total=len(job.plan), desc="prune", unit="module", disable=not progress or not is_first())
     with undone_on_error(model), bar, closing(walk(model, calibration, last, **where)) as walked:
         for block, stream in walked:
             streams = streams or Streams(stream.share(), stream)
@@ -299,6 +291,28 @@ def _check_arguments(
         )
     check_weights(model, skip=f"{blocks_path(model)}.")
     return modules
+
+
+def _job(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    ratio: float | None,
+    recipe: Recipe,
+    plan: Plan | None,
+    modules: list[Depth2Module],
+    unit: UnitChoice,
+    precision: torch.dtype,
+    where: dict[str, Any],
+) -> Job:
+    """The recipe's functions, and the plan: the one that was given, or what the recipe makes of the ratio."""
+    criterion, remedy = recipe.resolved(model, calibration, unit)
+    if plan is None:
+        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
+        score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
+        dense = Dense(score, partial(loss_metric, model, calibration))
+        plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
+    plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
+    return Job(criterion, remedy, recipe.damp, plan, unit, precision)
 
 
 def _settings(ratio: float | None, recipe: Recipe, job: Job, modules: list[Depth2Module]) -> dict[str, Any]:

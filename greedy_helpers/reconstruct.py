@@ -267,29 +267,13 @@ def choose_damp(
             f"{0 if held is None else held.n} of {moments.n} tokens"
         )
     fitted, errors = moments.fitted(), {}
+    held = held.aim_through(weight, bias) if through else held
     for damp in candidates:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few tokens: that is what the held-out ones are for
             found = solve(fitted, weight, bias, damp, through=through)
-        errors[damp] = _error(held, found, weight, bias, through)
+        errors[damp] = held.squared_error(found.weight, found.bias).item()
     return min(errors, key=lambda damp: (errors[damp], -damp))
-
-
-def _error(moments: Moments, found: Solution, weight: Tensor, bias: Tensor | None, through: bool) -> float:
-    """||Y - X W' - b||^2 up to a constant, without the targets' own energy."""
-    w, x, xy = found.weight.to(moments.xx), moments.x, moments.xy
-    y = moments.y
-    if through:  # the targets are what the layer, as it was, makes of y
-        w0 = weight.to(moments.xx)
-        xy, y = xy @ w0.T, w0 @ y
-        if bias is not None:
-            b0 = bias.to(moments.xx)
-            xy, y = xy + torch.outer(x, b0), y + moments.n * b0
-    error = ((w @ moments.xx - 2 * xy.T) * w).sum()
-    if found.bias is not None:
-        b = found.bias.to(moments.xx)
-        error = error + moments.n * b.square().sum() + 2 * b @ (w @ x) - 2 * b @ y
-    return error.item()
 
 
 @torch.no_grad()

@@ -212,6 +212,19 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def asking_for_gradients(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
+    """All `parameters` ask for gradients, or none does, within the `with`; after it each does as before."""
+    others = [parameter for parameter in parameters if parameter.requires_grad != wanted]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(wanted)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(not wanted)
+
+
 def check_tokens(model: PreTrainedModel, tokens: Tensor, *, packed: bool = False) -> None:
     """Refuse token ids the model cannot read, before any work is done.
 

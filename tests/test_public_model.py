@@ -37,7 +37,7 @@ def test_rows_are_added_and_replaced(script, monkeypatch, tmp_path):
     text, piqa = first["rows"]
     model, tokenizer = load_model("llama-mini")
     assert text["perplexity"] == evaluate_text(model, read_text(tokenizer, str(raw)), 32).perplexity
-    assert text["sha256"] == first["weights"] == {raw.name: script.sha256(raw)}
+    assert text["sha256"] == first["weights"] == {raw.name: script.sha256_of(raw)}
     assert (piqa["items"], piqa["items in the file"], set(piqa["sha256"])) == (
         1,
         2,
