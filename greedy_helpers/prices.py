@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .large.distributed import all_sum, share_of
+from .large.distributed import all_sum, all_windows, share_of
 from .large.lazy import is_lazy
-from .structure import asking_for_gradients, check_tokens, depth2_modules, eval_mode
+from .stream import walk
+from .structure import asking_for_gradients, blocks_of, check_tokens, depth2_modules, eval_mode
 
 
 def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batch_size: int = 1) -> dict[str, Tensor]:
@@ -58,6 +59,33 @@ def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batc
             F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
     all_sum(*sums.values())
     return {name: total / count for name, total in sums.items()}
+
+
+def stream_energy(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    store: torch.device | str | None = None,
+) -> list[float]:
+    """The squared norm of the residual stream behind every block, its median over the tokens: one number per block.
+
+    What an error is small or large beside, for prices that need no gradient. The median, as in many models the first
+    token of a text has a norm a hundred times that of the others, and a mean would be about that token alone.
+
+    Args:
+        tokens: long [n, seq], calibration text.
+        batch_size, device, store: see :func:`~greedy_helpers.pruning.prune`.
+    """
+    check_tokens(model, tokens, packed=True)
+    found, where = [], {"batch_size": batch_size, "device": device, "store": store}
+    with closing(walk(model, tokens, len(blocks_of(model)) - 1, **where)) as walked:
+        for block, stream in walked:
+            stream.advance(block)
+            norms = (hidden.float().square().sum(-1) for hidden in stream.hidden)
+            found.append(torch.cat([part.flatten() for part in all_windows(norms)]).median().item())
+    return found
 
 
 @contextmanager

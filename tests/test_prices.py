@@ -163,7 +163,5 @@ def test_what_it_cannot_do_is_said(model, tokens, tmp_path):
 
 def test_a_plan_by_prices_meets_its_budget_and_spares_what_is_dear(model, tokens):
     report = gh.prune(model, tokens, 0.4, Recipe(allocation="loss prices"), progress=False)
-    step = max(s.units_before - s.units_after for s in report.steps if s.kind != "attention")
-    assert 0.4 <= report.removed["modules"] < 0.5
-    assert step > 0
+    assert report.removed["modules"] == pytest.approx(0.4, abs=2e-3)  # half a channel
     assert len({s.units_after / s.units_before for s in report.steps}) > 2
