@@ -310,7 +310,7 @@ def _job(
         same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
         score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
         energy = partial(stream_energy, model, calibration, **where)
-        dense = Dense(score, partial(loss_metric, model, calibration), energy)
+        dense = Dense(score, partial(loss_metric, model, calibration, **where), energy)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
     plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
     return Job(criterion, remedy, recipe.damp, plan, unit, precision)

@@ -69,12 +69,12 @@ class Dense:
     Attributes:
         scores: criterion -> every module's scores, :func:`~greedy_helpers.pruning.scores_of` with the run's settings.
         metric: () -> the loss's metric on every module's output, :func:`~greedy_helpers.prices.loss_metric`.
-        energy: () -> the stream's energy behind every block, :func:`~greedy_helpers.prices.stream_energy`.
+        energy: () -> the stream's energy behind every module, :func:`~greedy_helpers.prices.stream_energy`.
     """
 
     scores: Callable[[Criterion], dict[str, Tensor]]
     metric: Callable[[], dict[str, Tensor]]
-    energy: Callable[[], list[float]]
+    energy: Callable[[], dict[str, float]]
 
 
 # (modules, ratio, criterion, the dense model) -> (plan, criterion to prune with).
@@ -129,9 +129,9 @@ def by_loss(
 def by_stream(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
-    """The same with squared errors as shares of the residual stream's energy behind the block: forward passes only."""
+    """The same with squared errors as shares of the residual stream's energy behind the module: forward passes only."""
     costs, energy = dense.scores(partial(exact_greedy, whole_path=True)), dense.energy()
-    prices = {module.name: costs[module.name] / energy[module.block] for module in modules}
+    prices = {module.name: costs[module.name] / energy[module.name] for module in modules}
     return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
 
 

@@ -42,8 +42,16 @@ def test_influence_and_energy_are_what_they_say(batch_size):
     before, states = state_of(model), hidden_states(tiny_model("llama-gqa"), calibration())
     cosines = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in pairwise(states)]
     assert block_influence(model, tokens, batch_size=batch_size) == pytest.approx([1 - c for c in cosines])
-    energies = [behind.square().sum(-1).median().item() for behind in states[1:]]
-    assert stream_energy(model, tokens, batch_size=batch_size) == pytest.approx(energies, rel=1e-5)
+    found = stream_energy(model, tokens, batch_size=batch_size)
+    behind_ffns = [behind.square().sum(-1).median().item() for behind in states[1:]]
+    assert [found[f"model.layers.{index}.mlp"] for index in range(2)] == pytest.approx(behind_ffns, rel=1e-5)
+    read = []  # what the norm behind attention reads is the stream there
+    hook = model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: read.append(args[0])
+    )
+    model(input_ids=tokens)
+    hook.remove()
+    assert found["model.layers.1.self_attn"] == pytest.approx(read[0].square().sum(-1).median().item(), rel=1e-5)
     assert_untouched(model, before)
 
 
