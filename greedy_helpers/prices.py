@@ -16,6 +16,9 @@ from .large.lazy import resident
 from .stream import walk
 from .structure import asking_for_gradients, blocks_of, check_tokens, depth2_modules, eval_mode
 
+# Tokens for the metric: each costs as much as four forward passes.
+METRIC_TOKENS = 16_384
+
 
 def output_fisher(
     model: PreTrainedModel,
@@ -146,7 +149,11 @@ def stream_energy(
 
 
 def loss_metric(
-    model: PreTrainedModel, tokens: Tensor, damp: float = 0.1, **where: int | torch.device | str | None
+    model: PreTrainedModel,
+    tokens: Tensor,
+    damp: float = 0.1,
+    most: int = METRIC_TOKENS,
+    **where: int | torch.device | str | None,
 ) -> dict[str, Tensor]:
     """:func:`output_fisher` as a metric: module name -> L, float64 [d, d] lower, with L L' = G + damp mean(diag G) I.
 
@@ -154,8 +161,11 @@ def loss_metric(
     directions from none: damping keeps a share of the plain squared error alive there.
 
     Args:
+        most: as many of the windows as hold at most so many tokens are taken, evenly spaced.
         where: batch_size, device, store.
     """
+    n = min(len(tokens), max(1, most // tokens.shape[1]))
+    tokens = tokens[torch.linspace(0, len(tokens) - 1, n).long()]
     roots = {}
     for name, fisher in output_fisher(model, tokens, **where).items():
         floor = damp * fisher.diagonal().mean().clamp(min=torch.finfo(fisher.dtype).tiny)

@@ -25,7 +25,7 @@ from .criteria import (
     wanda_sp,
     weight_norm,
 )
-from .greedy import exact_greedy
+from .greedy import exact_greedy, whole_path
 from .prices import loss_metric
 from .reconstruct import HELD_OUT
 from .remedies import REMEDIES, Remedy
@@ -114,7 +114,7 @@ def by_cost(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """Exact greedy's costs per parameter, over the whole dense model, until `ratio` of the parameters are gone."""
-    costs = dense.scores(partial(exact_greedy, whole_path=True))
+    costs = dense.scores(whole_path())
     return cost_plan(modules, costs, asked_parameters(modules, ratio)), criterion
 
 
@@ -122,7 +122,7 @@ def by_loss(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """The same with costs in nats: what a module's error does to the loss, to second order."""
-    prices = dense.scores(partial(exact_greedy, whole_path=True, metric=dense.metric()))
+    prices = dense.scores(whole_path(dense.metric()))
     return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
 
 
@@ -130,7 +130,7 @@ def by_stream(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """The same with squared errors as shares of the residual stream's energy behind the module: forward passes only."""
-    costs, energy = dense.scores(partial(exact_greedy, whole_path=True)), dense.energy()
+    costs, energy = dense.scores(whole_path()), dense.energy()
     prices = {module.name: costs[module.name] / energy[module.name] for module in modules}
     return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
 

@@ -7,6 +7,8 @@ from conftest import assert_untouched, state_of
 from tiny import CONFIGS, tiny_model
 
 import greedy_helpers as gh
+from greedy_helpers import prices
+from greedy_helpers.allocation import asked_parameters
 from greedy_helpers.criteria import Seen
 from greedy_helpers.greedy import exact_greedy
 from greedy_helpers.measure import ModulePasses
@@ -198,3 +200,19 @@ def test_a_plan_by_prices_meets_its_budget_and_spares_what_is_dear(model, tokens
     report = gh.prune(model, tokens, 0.4, Recipe(allocation="loss prices"), progress=False)
     assert report.removed["modules"] == pytest.approx(0.4, abs=2e-3)  # half a channel
     assert len({s.units_after / s.units_before for s in report.steps}) > 2
+
+
+def test_prices_are_those_that_the_allocation_spends_by(model, tokens):
+    modules = gh.depth2_modules(model)
+    costs = gh.loss_prices(model, tokens, batch_size=3)
+    plan = gh.cost_plan(modules, costs, asked_parameters(modules, 0.3))
+    report = gh.prune(model, tokens, 0.3, Recipe("L2", "none", allocation="loss prices"), progress=False)
+    assert {step.name: step.units_after for step in report.steps} == plan
+
+
+def test_the_metric_takes_evenly_spaced_windows(model, tokens, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prices, "output_fisher", lambda model, windows, **_: seen.append(windows) or {})
+    for most, chosen in [(1, [0]), (3 * tokens.shape[1], [0, 2, 5]), (10**6, range(6))]:
+        loss_metric(model, tokens, most=most)
+        assert torch.equal(seen[-1], tokens[list(chosen)])
