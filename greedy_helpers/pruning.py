@@ -25,7 +25,7 @@ from .large.lazy import check_weights, is_lazy
 from .large.memory import at_smaller_batches, with_smaller_batches
 from .large.resume import WorkFolder, resumed, settings_of
 from .measure import DenseRecord, Drift, ModulePasses, advance_dense
-from .prices import loss_metric
+from .prices import loss_metric, stream_energy
 from .recipes import ALLOCATIONS, RECOMMENDED, Dense, Recipe
 from .reconstruct import HELD_OUT
 from .remedies import Cut, Remedy
@@ -309,7 +309,8 @@ def _job(
     if plan is None:
         same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
         score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
-        dense = Dense(score, partial(loss_metric, model, calibration))
+        energy = partial(stream_energy, model, calibration, **where)
+        dense = Dense(score, partial(loss_metric, model, calibration, **where), energy)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
     plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
     return Job(criterion, remedy, recipe.damp, plan, unit, precision)

@@ -69,10 +69,12 @@ class Dense:
     Attributes:
         scores: criterion -> every module's scores, :func:`~greedy_helpers.pruning.scores_of` with the run's settings.
         metric: () -> the loss's metric on every module's output, :func:`~greedy_helpers.prices.loss_metric`.
+        energy: () -> the stream's energy behind every module, :func:`~greedy_helpers.prices.stream_energy`.
     """
 
     scores: Callable[[Criterion], dict[str, Tensor]]
     metric: Callable[[], dict[str, Tensor]]
+    energy: Callable[[], dict[str, float]]
 
 
 # (modules, ratio, criterion, the dense model) -> (plan, criterion to prune with).
@@ -124,9 +126,23 @@ def by_loss(
     return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
 
 
+def by_stream(
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
+) -> tuple[Plan, Criterion]:
+    """The same with squared errors as shares of the residual stream's energy behind the module: forward passes only."""
+    costs, energy = dense.scores(partial(exact_greedy, whole_path=True)), dense.energy()
+    prices = {module.name: costs[module.name] / energy[module.name] for module in modules}
+    return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
+
+
 ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": uniform, "floor": by_floor, "adaptive": adaptive, "cost": by_cost, "loss prices": by_loss
-}  # fmt: skip
+    "uniform": uniform,
+    "floor": by_floor,
+    "adaptive": adaptive,
+    "cost": by_cost,
+    "stream prices": by_stream,
+    "loss prices": by_loss,
+}
 
 
 @dataclass(frozen=True)
@@ -142,8 +158,8 @@ class Recipe:
             window (:func:`~greedy_helpers.reconstruct.choose_damp`).
         allocation: what a ratio means: `"uniform"`, that share of the parameters, the same of every module up to whole
             units (:func:`~greedy_helpers.allocation.uniform_plan`); `"floor"`, that share of every module's units,
-            rounded down; `"adaptive"`, `"cost"` and `"loss prices"`, that share of all modules' parameters, where they
-            score lowest.
+            rounded down; `"adaptive"`, `"cost"`, `"stream prices"` and `"loss prices"`, that share of all modules'
+            parameters, where they score lowest.
 
     Raises:
         ValueError: a name that is not in its table, or damp < 0.
