@@ -28,6 +28,7 @@ from .evaluate import Text, evaluate_text, generate_text, prompt_ids, read_text,
 from .large import distributed
 from .pruning import prune as prune_model
 from .recipes import ALLOCATIONS, CRITERIA, FLAP, OSSCAR, PAPER, PREPARED, RECOMMENDED, Recipe
+from .reconstruct import HELD_OUT
 from .remedies import REMEDIES
 from .structure import Unit, check_tokens, count_parameters, depth2_modules
 from .task_files import hub_rows
@@ -102,6 +103,10 @@ def _blocks(text: str) -> range:
     return range(int(first), int(end))
 
 
+def _damp(text: str | float) -> str | float:
+    return text if text == HELD_OUT else float(text)
+
+
 _DTYPES = ("float32", "bfloat16", "float16")
 _Remedy = Option(parser=_one_of(REMEDIES), metavar="NAME", help=" | ".join(REMEDIES))
 _Criterion = Option(parser=_one_of((*CRITERIA, *PREPARED)), metavar="NAME", help=" | ".join((*CRITERIA, *PREPARED)))
@@ -116,6 +121,11 @@ _Unit = Option(
     help="query | kv: what goes where query heads share KV heads; kv: whole KV heads, which shrinks the cache",
 )
 _Dtype = Option(parser=_one_of(_DTYPES), metavar="NAME", help=f"{' | '.join(_DTYPES)}; default: float32 on a CPU")
+_Damp = Option(
+    parser=_damp,
+    metavar="SHARE",
+    help=f"damping of every refit, as a share of the mean diagonal; or '{HELD_OUT}': each chooses its own",
+)
 _Blocks = Option(parser=_blocks, metavar="FIRST:END", help="prune these only, e.g. 4:30; default: all")
 _Calibration = Annotated[int, Option(help="windows to calibrate on")]
 _Seq = Annotated[int, Option(help="tokens per window")]
@@ -171,7 +181,7 @@ def prune(
     criterion: Annotated[str | None, _Criterion] = None,
     remedy: Annotated[str | None, _Remedy] = None,
     allocation: Annotated[str | None, _Allocation] = None,
-    damp: Annotated[float | None, Option(help="of every refit, a share of the mean diagonal; default: 0.01")] = None,
+    damp: Annotated[Any, _Damp] = None,
     blocks: Annotated[Any, _Blocks] = None,
     unit: Annotated[str, _Unit] = "query",
     overwrite: Annotated[bool, Option("--overwrite", help="replace an existing folder")] = False,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,8 +193,8 @@ def adaptive_plan(
     """One ranking over all modules (FLAP's AL-AM, section 3.3 of arXiv 2312.11983).
 
     Scores are standardised inside each module, as their scales are not comparable, and the lowest units of the whole
-    model go until `n_parameters` are gone: the cheapest overshoot, less than one unit. A unit counts with its exact
-    number of parameters (the published code takes a head for 170 FFN channels, whatever the model).
+    model go until `n_parameters` are gone, to half of the smallest unit. A unit counts with its exact number of
+    parameters (the published code takes a head for 170 FFN channels, whatever the model).
 
     Args:
         scores: module name -> scores [n_units], taken on the dense model, see
@@ -204,44 +205,112 @@ def adaptive_plan(
         KeyError: a module without scores.
         ValueError: more parameters than the floor leaves to remove.
     """
-    candidates = []
+    offers = []
     for module in modules:
         values = scores[module.name].double().cpu()
         spread = values.std() if len(values) > 1 else torch.tensor(0.0)
         standard = (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
-        cost = unit_parameters(module) * module.n_sets
         rounds = standard.view(module.n_sets, -1).sort(dim=1).values.mean(0)  # one unit of each set goes at a time
-        candidates += [(value, cost, module.name) for value in rounds[: _n_free(module, floor)].tolist()]
-    return _cheapest_first(modules, candidates, n_parameters)
+        free = rounds[: _n_free(module, floor)].tolist()
+        offers += [_offer(value, module, module.n_sets) for value in free]
+    return _cheapest_first(modules, offers, n_parameters)
 
 
 def cost_plan(
-    modules: Sequence[Depth2Module], scores: Mapping[str, Tensor], n_parameters: int, floor: float = 0.05
+    modules: Sequence[Depth2Module],
+    scores: Mapping[str, Tensor],
+    n_parameters: int,
+    floor: float = 0.05,
+    *,
+    multiple: int = 1,
 ) -> dict[str, int]:
     """The budget where it costs least: units go, over all modules, in the order of cost per parameter.
 
-    For scores that mean the same everywhere: the rise of the squared output error per token when a unit and everything
-    below it in its module are removed (:func:`~greedy_helpers.greedy.exact_greedy` with `whole_path=True`, scaled by
-    what an error is worth in its place if that differs). The price of a module's next unit is the rise from the last.
+    For scores that mean the same everywhere: what it costs when a unit and everything below it in its module are
+    removed, as :func:`~greedy_helpers.greedy.exact_greedy` gives it with `whole_path=True`, in nats
+    (:func:`~greedy_helpers.prices.loss_metric`) or in squared error. The price of a module's next unit is the rise from
+    the last. Heads and channels trade freely, and `n_parameters` are met to half of the smallest unit, as long as such
+    units are left.
 
     Args:
         scores: module name -> cumulative costs [n_units], taken on the dense model.
         floor: the share of units every module keeps (at least one).
+        multiple: FFN modules keep a multiple of so many channels, or all they have; see :func:`uniform_plan`.
 
     Raises:
         KeyError: a module without scores.
         ValueError: more parameters than the floor leaves to remove.
     """
-    candidates = []
+    offers = []
     for module in modules:
-        rising = (
-            scores[module.name].double().sort().values[module.n_sets - 1 :: module.n_sets][: _n_free(module, floor)]
-        )
+        gone = _numbers_gone(module, floor, multiple)
+        rises = cumulative_costs(module, scores)[gone].diff()
+        widths = [more - less for less, more in pairwise(gone)]
         # a unit that costs little behind one that costs much is not for sale alone: average the price over both
-        prices = _rising_prices(rising.diff(prepend=rising.new_zeros(1)).tolist())
-        cost = unit_parameters(module) * module.n_sets
-        candidates += [((price / cost, place), cost, module.name) for place, price in enumerate(prices)]
-    return _cheapest_first(modules, candidates, n_parameters)
+        prices = _rising_prices([rise / width for rise, width in zip(rises.tolist(), widths, strict=True)], widths)
+        per_parameter = [price / unit_parameters(module) for price in prices]
+        offers += [_offer(price, module, width) for price, width in zip(per_parameter, widths, strict=True)]
+    return _cheapest_first(modules, offers, n_parameters)
+
+
+def shape_plan(
+    modules: Sequence[Depth2Module],
+    scores: Mapping[str, Tensor],
+    n_parameters: int,
+    floor: float = 0.05,
+    *,
+    multiple: int = 1,
+) -> dict[str, int]:
+    """The cheapest plan among those that give every attention module one size and every FFN one size.
+
+    Such a model needs no format of its own (:func:`~greedy_helpers.export.export_plain`), and inference engines take
+    it. Every number of heads is tried, the FFNs take the rest; scores as for :func:`cost_plan`.
+
+    Raises:
+        KeyError: a module without scores.
+        ValueError: modules of one kind that differ in size; or no shape within the floor removes as much, up to half a
+            channel (or multiple) per FFN.
+    """
+    kinds = [[m for m in modules if (m.kind == "attention") == heads] for heads in (True, False)]
+    for same in kinds:
+        if len(sizes := {(m.n_units, m.n_sets, unit_parameters(m)) for m in same}) > 1:
+            found = ", ".join(f"{n} {same[0].unit}s" for n, *_ in sorted(sizes))
+            raise ValueError(f"shape_plan: expected modules of one size, found {found}")
+    attention, ffns = kinds
+    per_channel = sum(map(unit_parameters, ffns))
+    sums = [sum((cumulative_costs(m, scores) for m in same), torch.zeros(1)) for same in kinds]
+    numbers = [_numbers_gone(same[0], floor, multiple) if same else [0] for same in kinds]
+    step = max((b - a for a, b in pairwise(numbers[1])), default=0) * per_channel
+    shapes = []
+    for heads in numbers[0]:
+        rest = n_parameters - heads * sum(map(unit_parameters, attention))
+        channels = min(numbers[1], key=lambda gone: abs(gone * per_channel - rest))
+        if abs(channels * per_channel - rest) <= step / 2 or not ffns:
+            miss = abs(channels * per_channel - rest) if not ffns else 0  # heads alone: the nearest number
+            shapes.append((miss, (sums[0][heads] + sums[1][channels]).item(), heads, channels))
+    if not shapes:
+        most = sum(n[-1] * sum(map(unit_parameters, same)) for n, same in zip(numbers, kinds, strict=True) if same)
+        raise ValueError(f"shape_plan: expected to remove at most {most:,} parameters, found {n_parameters:,}")
+    *_, heads, channels = min(shapes)
+    return {m.name: m.n_units - (heads if m.kind == "attention" else channels) for m in modules}
+
+
+def cumulative_costs(module: Depth2Module, scores: Mapping[str, Tensor]) -> Tensor:
+    """What it costs that so many units of a module are gone: float64 [n_units + 1]. Between whole rounds: the next."""
+    rising = scores[module.name].double().cpu().sort().values
+    whole = rising[module.n_sets - 1 :: module.n_sets]  # one unit of every set goes at a time
+    return torch.cat([rising.new_zeros(1), whole.repeat_interleave(module.n_sets)])
+
+
+def _numbers_gone(module: Depth2Module, floor: float, multiple: int) -> list[int]:
+    """How many units of a module may be gone, rising from none: whole rounds of heads, multiples of channels left."""
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"expected a multiple of at least 1 channel, found {multiple!r}")
+    most = _n_free(module, floor) * module.n_sets
+    if module.kind == "attention":
+        return list(range(0, most + 1, module.n_sets))
+    first = module.n_units % multiple or multiple
+    return [0, *range(first, most + 1, multiple)]
 
 
 def _n_free(module: Depth2Module, floor: float) -> int:
@@ -250,34 +319,53 @@ def _n_free(module: Depth2Module, floor: float) -> int:
     return in_set - max(1, round(floor * in_set))
 
 
-def _cheapest_first(
-    modules: Sequence[Depth2Module], candidates: Sequence[tuple[Any, int, str]], n_parameters: int
-) -> dict[str, int]:
-    """Let units go in the order of their keys until `n_parameters` are gone: candidates are (key, parameters, name).
+class _Offer(NamedTuple):
+    """The next `n_units` of a module, at a price that can be compared with any other's."""
 
-    A candidate is one unit of each of its module's sets.
+    price: float
+    parameters: int
+    module: str
+    n_units: int
+
+
+def _offer(price: float, module: Depth2Module, n_units: int) -> _Offer:
+    return _Offer(price, n_units * unit_parameters(module), module.name, n_units)
+
+
+def _cheapest_first(modules: Sequence[Depth2Module], offers: Sequence[_Offer], n_parameters: int) -> dict[str, int]:
+    """Take offers in the order of their prices until `n_parameters` are gone, to half of the smallest offer.
+
+    One that is too large for what is left is passed over, and all behind it in its module. Where nothing smaller is
+    left, the first of them is taken if it brings the number nearer.
     """
-    plan, removed = {module.name: module.n_units for module in modules}, 0
-    at_once = {module.name: module.n_sets for module in modules}
-    for _, cost, name in sorted(candidates):
-        if removed >= n_parameters:
+    if (most := sum(offer.parameters for offer in offers)) < n_parameters:
+        raise ValueError(f"expected at least {n_parameters:,} parameters in removable units, found {most:,}")
+    slack = min((offer.parameters for offer in offers), default=0) / 2
+    plan, left = {module.name: module.n_units for module in modules}, n_parameters
+    passed: dict[str, _Offer] = {}
+    for offer in sorted(offers):
+        if offer.module in passed or offer.parameters > left + slack:
+            passed.setdefault(offer.module, offer)
+            continue
+        plan[offer.module] -= offer.n_units
+        left -= offer.parameters
+    for offer in passed.values():
+        if offer.parameters / 2 <= left:
+            plan[offer.module] -= offer.n_units
             break
-        plan[name] -= at_once[name]
-        removed += cost
-    _check_enough(modules, plan, n_parameters)
     return plan
 
 
-def _rising_prices(prices: Sequence[float]) -> list[float]:
+def _rising_prices(prices: Sequence[float], widths: Sequence[int]) -> list[float]:
     """The nearest non-decreasing sequence (pool adjacent violators): slopes of the cumulative cost's convex hull."""
-    pools: list[list[float]] = []  # [mean, count]
-    for price in prices:
-        pools.append([price, 1])
+    pools: list[list[float]] = []  # [mean, width, count]
+    for price, width in zip(prices, widths, strict=True):
+        pools.append([price, width, 1])
         while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            mean, count = pools.pop()
-            total = pools[-1][1] + count
-            pools[-1] = [(pools[-1][0] * pools[-1][1] + mean * count) / total, total]
-    return [mean for mean, count in pools for _ in range(int(count))]
+            mean, width, count = pools.pop()
+            total = pools[-1][1] + width
+            pools[-1] = [(pools[-1][0] * pools[-1][1] + mean * width) / total, total, pools[-1][2] + count]
+    return [mean for mean, _, count in pools for _ in range(int(count))]
 
 
 def redundancy_plan(
@@ -311,11 +399,6 @@ def _n_left(module: Depth2Module, n_gone: int) -> int:
 def removed_parameters(modules: Sequence[Depth2Module], plan: Plan) -> int:
     """How many parameters `plan` takes out of `modules`; those that it does not name keep all their units."""
     return sum((m.n_units - plan.get(m.name, m.n_units)) * unit_parameters(m) for m in modules)
-
-
-def _check_enough(modules: Sequence[Depth2Module], plan: Plan, n_parameters: int) -> None:
-    if (most := removed_parameters(modules, plan)) < n_parameters:
-        raise ValueError(f"expected at least {n_parameters:,} parameters in removable units, found {most:,}")
 
 
 def check_plan(

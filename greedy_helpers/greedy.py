@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .criteria import Seen, removal_costs, weighted_square
+from .criteria import Criterion, Seen, removal_costs, weighted_square
 from .reconstruct import normal_equations
 from .structure import Depth2Module, weight_of
 
@@ -322,3 +323,8 @@ def exact_greedy(
             next_costs = _survivor_costs(system.h, rest, module.level2.index[keep].to(rest.device)).cpu()
     scores[keep] = total * (1 + 1e-9) + next_costs.double().clamp(min=0) / moments.n + torch.finfo(torch.float64).tiny
     return scores
+
+
+def whole_path(metric: Mapping[str, Tensor] | None = None) -> Criterion:
+    """Exact greedy down to the last unit, for plans that compare the costs of all modules."""
+    return partial(exact_greedy, whole_path=True, metric=metric)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .large.distributed import all_sum, share_of
-from .large.lazy import is_lazy
-from .structure import asking_for_gradients, check_tokens, depth2_modules, eval_mode
+from .large.distributed import all_sum, all_windows, share_of
+from .large.lazy import resident
+from .stream import walk
+from .structure import asking_for_gradients, blocks_of, check_tokens, depth2_modules, eval_mode
+
+# Tokens for the metric: each costs as much as four forward passes.
+METRIC_TOKENS = 16_384
 
 
-def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batch_size: int = 1) -> dict[str, Tensor]:
+def output_fisher(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    store: torch.device | str | None = None,
+) -> dict[str, Tensor]:
     """The Fisher information of every module's output: module name -> G = E[g g'], float64 [d, d], per token.
 
     With e [d] the change of a module's output at one token, and g the gradient of a window's summed loss with respect
@@ -23,46 +36,63 @@ def output_fisher(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0, batc
     then g has mean zero, and E[g g'] is the Hessian's expectation (Gauss-Newton; Amari 1998, Martens 2020). If g and e
     are independent that is 1/2 tr(G E[e e']), in nats per token, and two modules can be compared.
 
-    The one place where the method looks backward: one backward pass over activations, without gradients of weights. The
-    graph of a batch of windows is held at once, so the whole model has to be in memory.
+    The one place where the method looks backward: once, over activations, without gradients of weights. Block by block,
+    each run again for its own gradients, so that no more than one block's graph exists and the blocks may be on the
+    disk. The hidden states in front of all blocks wait meanwhile: n * seq * d numbers for each.
 
     Args:
         tokens: long [n, seq], calibration text. Only the labels are drawn, not the text.
-        seed: of the draw.
-        batch_size: windows per pass; the result depends on it by the draw only.
+        seed: of the draw, which depends neither on batches nor on devices nor on the number of processes.
+        batch_size, device, store: see :func:`~greedy_helpers.pruning.prune`.
 
     Raises:
-        ValueError: a model whose blocks are on the disk, or one without a causal head.
+        ValueError: a model without a causal head.
     """
     check_tokens(model, tokens, packed=True)
-    if is_lazy(model):
-        raise ValueError("output_fisher: expected the whole model in memory, found its blocks on the disk")
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"output_fisher: expected a causal language model, found {type(model).__name__} without a head"
         )
-    outputs = {module.name: module.level2.linear for module in depth2_modules(model)}
-    count, tokens = tokens.numel(), share_of(tokens)
-    sums: dict[str, Tensor] = {}
-    generator = torch.Generator(model.device).manual_seed(seed)
-    with (
-        eval_mode(model),
-        asking_for_gradients(model.parameters(), False),
-        _gradients(model, outputs, sums),
-        torch.enable_grad(),
-    ):
-        for windows in tokens.split(batch_size):
-            logits = model(input_ids=windows.to(model.device), use_cache=False).logits.float()
-            with torch.no_grad():
-                labels = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator).flatten()
-            F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
+    draws = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    n_blocks, states, where = len(blocks_of(model)), [], {"batch_size": batch_size, "device": device, "store": store}
+    with closing(walk(model, tokens, n_blocks - 1, **where)) as walked:
+        for block, stream in walked:
+            states.append(stream.hidden)
+            stream.advance(block)
+    draws, sums = share_of(draws).split([len(hidden) for hidden in stream.hidden]), {}
+    with eval_mode(model), asking_for_gradients(model.parameters(), False), torch.enable_grad():
+        gradients = [
+            stream.keep(_loss_gradient(partial(stream.head, place), hidden, draws[place]))
+            for place, hidden in enumerate(stream.hidden)
+        ]
+        for index in reversed(range(n_blocks)):
+            with resident(model, index, stream.device) as block:
+                outputs = {module.name: module.level2.linear for module in depth2_modules(model, [index])}
+                for place, hidden in enumerate(states.pop()):
+                    leaf = hidden.to(stream.device).detach().requires_grad_()
+                    with _gradients(outputs, sums):
+                        output = stream.through(block, place, leaf, index)
+                        output.backward(gradients[place].to(output.device))
+                    gradients[place] = stream.keep(leaf.grad)
+    sums = {module.name: sums[module.name] for module in depth2_modules(model)}  # in the same order everywhere
     all_sum(*sums.values())
-    return {name: total / count for name, total in sums.items()}
+    return {name: total / tokens.numel() for name, total in sums.items()}
+
+
+def _loss_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draws: Tensor) -> Tensor:
+    """Of the summed loss, with labels drawn from the model itself, with respect to the hidden states behind it all."""
+    leaf = hidden.detach().requires_grad_()
+    logits = head(leaf).flatten(0, -2).float()
+    with torch.no_grad():
+        cumulated = logits.softmax(-1).cumsum(-1)
+        labels = torch.searchsorted(cumulated, draws.reshape(-1, 1).to(cumulated) * cumulated[:, -1:]).flatten()
+    F.cross_entropy(logits, labels.clamp(max=logits.shape[-1] - 1), reduction="sum").backward()
+    return leaf.grad
 
 
 @contextmanager
-def _gradients(model: PreTrainedModel, outputs: dict[str, nn.Module], sums: dict[str, Tensor]) -> Iterator[None]:
-    """Adds g g' of every output of the modules to `sums` whenever somebody calls backward."""
+def _gradients(outputs: dict[str, nn.Module], sums: dict[str, Tensor]) -> Iterator[None]:
+    """Adds g g' of every output of the linears to `sums` when somebody calls backward."""
 
     def listen(name: str):
         def add(gradient: Tensor) -> None:
@@ -74,22 +104,70 @@ def _gradients(model: PreTrainedModel, outputs: dict[str, nn.Module], sums: dict
         return lambda module, args, output: output.register_hook(add) and None
 
     with ExitStack() as hooks:
-        # weights are frozen, so the graph has to begin at the embeddings
-        embeddings = model.get_input_embeddings()
-        hooks.callback(embeddings.register_forward_hook(lambda m, a, output: output.requires_grad_(True)).remove)
         for name, linear in outputs.items():
             hooks.callback(linear.register_forward_hook(listen(name)).remove)
         yield
 
 
-def loss_metric(model: PreTrainedModel, tokens: Tensor, damp: float = 0.1) -> dict[str, Tensor]:
+def stream_energy(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    store: torch.device | str | None = None,
+) -> dict[str, float]:
+    """The squared norm of the residual stream right behind every module, its median over the tokens: module -> number.
+
+    What an error is small or large beside, for prices that need no gradient: the next norm divides by it. The median,
+    as in many models the first token of a text has a norm a hundred times that of the others, and a mean would be about
+    that token alone. Behind attention it is taken as what the block reads plus what attention puts out, which holds
+    where nothing stands between level 2 and the stream.
+
+    Args:
+        tokens: long [n, seq], calibration text.
+        batch_size, device, store: see :func:`~greedy_helpers.pruning.prune`.
+    """
+    check_tokens(model, tokens, packed=True)
+    found, where = {}, {"batch_size": batch_size, "device": device, "store": store}
+    with closing(walk(model, tokens, len(blocks_of(model)) - 1, **where)) as walked:
+        for index, (block, stream) in enumerate(walked):
+            modules = depth2_modules(model, [index])
+            behind, energies = [], {module.name: [] for module in modules}
+            for before, (output, (_, made)) in zip(
+                stream.hidden, stream.run(block, [], [module.level2.linear for module in modules]), strict=True
+            ):
+                behind.append(stream.keep(output))
+                level = before.flatten(0, -2).to(output.device)
+                for module, change in zip(modules, made, strict=True):
+                    level = output.flatten(0, -2) if module is modules[-1] else level + change
+                    energies[module.name].append(level.float().square().sum(-1).view(output.shape[:2]))
+            stream.move(behind, index + 1)
+            for name, parts in energies.items():
+                found[name] = torch.cat([part.flatten() for part in all_windows(parts)]).median().item()
+    return found
+
+
+def loss_metric(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    damp: float = 0.1,
+    most: int = METRIC_TOKENS,
+    **where: int | torch.device | str | None,
+) -> dict[str, Tensor]:
     """:func:`output_fisher` as a metric: module name -> L, float64 [d, d] lower, with L L' = G + damp mean(diag G) I.
 
     An error e [d] then costs 1/2 ||e L||^2 nats. G is known from as many gradients as there are tokens, and in small
     directions from none: damping keeps a share of the plain squared error alive there.
+
+    Args:
+        most: as many of the windows as hold at most so many tokens are taken, evenly spaced.
+        where: batch_size, device, store.
     """
+    n = min(len(tokens), max(1, most // tokens.shape[1]))
+    tokens = tokens[torch.linspace(0, len(tokens) - 1, n).long()]
     roots = {}
-    for name, fisher in output_fisher(model, tokens).items():
+    for name, fisher in output_fisher(model, tokens, **where).items():
         floor = damp * fisher.diagonal().mean().clamp(min=torch.finfo(fisher.dtype).tiny)
         roots[name] = torch.linalg.cholesky(fisher + floor * torch.eye(len(fisher)).to(fisher))
     return roots

@@ -20,12 +20,13 @@ from .allocation import Plan, check_plan, check_ratio, keep_best, module_paramet
 from .criteria import Criterion, Seen, second_moment
 from .doors import check_own_weights
 from .families import Kind
+from .greedy import whole_path
 from .large.distributed import all_sums, check_same, is_first
 from .large.lazy import check_weights, is_lazy
 from .large.memory import at_smaller_batches, with_smaller_batches
 from .large.resume import WorkFolder, resumed, settings_of
 from .measure import DenseRecord, Drift, ModulePasses, advance_dense
-from .prices import loss_metric
+from .prices import loss_metric, stream_energy
 from .recipes import ALLOCATIONS, RECOMMENDED, Dense, Recipe
 from .reconstruct import HELD_OUT
 from .remedies import Cut, Remedy
@@ -242,6 +243,33 @@ def scores_of(
     )
 
 
+def loss_prices(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    *,
+    unit: UnitChoice = "query",
+    damp: float | str = 1e-2,
+    **where: int | torch.device | str | None,
+) -> dict[str, Tensor]:
+    """What removing units costs the whole model, in nats per token: module name -> [n_units], cumulative.
+
+    The prices behind the allocation `"loss prices"`, for plans of your own: exact greedy's whole path in every module
+    of the dense model, each error counted as the rise of the loss that it causes, to second order
+    (:func:`~greedy_helpers.prices.loss_metric`). A unit's entry is what it costs that this unit and all with lower
+    entries of its module are gone and the rest is refitted. :func:`~greedy_helpers.allocation.cost_plan` and
+    :func:`~greedy_helpers.allocation.shape_plan` spend a budget by them.
+
+    Args:
+        unit, damp: see :func:`prune`.
+        where: batch_size, device, store.
+
+    Raises:
+        As :func:`prune`, and ValueError: a model without a causal head.
+    """
+    metric = loss_metric(model, calibration, **where)
+    return scores_of(model, calibration, whole_path(metric), unit=unit, damp=damp, **where)
+
+
 def _checked_scores(criterion: Criterion, module: Depth2Module, seen: Seen) -> Tensor:
     scores = criterion(module, seen)
     if scores.shape != (module.n_units,):
@@ -309,7 +337,8 @@ def _job(
     if plan is None:
         same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
         score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
-        dense = Dense(score, partial(loss_metric, model, calibration))
+        energy = partial(stream_energy, model, calibration, **where)
+        dense = Dense(score, partial(loss_metric, model, calibration, **where), energy)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
     plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
     return Job(criterion, remedy, recipe.damp, plan, unit, precision)

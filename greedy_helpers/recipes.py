@@ -25,7 +25,7 @@ from .criteria import (
     wanda_sp,
     weight_norm,
 )
-from .greedy import exact_greedy
+from .greedy import exact_greedy, whole_path
 from .prices import loss_metric
 from .reconstruct import HELD_OUT
 from .remedies import REMEDIES, Remedy
@@ -69,10 +69,12 @@ class Dense:
     Attributes:
         scores: criterion -> every module's scores, :func:`~greedy_helpers.pruning.scores_of` with the run's settings.
         metric: () -> the loss's metric on every module's output, :func:`~greedy_helpers.prices.loss_metric`.
+        energy: () -> the stream's energy behind every module, :func:`~greedy_helpers.prices.stream_energy`.
     """
 
     scores: Callable[[Criterion], dict[str, Tensor]]
     metric: Callable[[], dict[str, Tensor]]
+    energy: Callable[[], dict[str, float]]
 
 
 # (modules, ratio, criterion, the dense model) -> (plan, criterion to prune with).
@@ -112,7 +114,7 @@ def by_cost(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """Exact greedy's costs per parameter, over the whole dense model, until `ratio` of the parameters are gone."""
-    costs = dense.scores(partial(exact_greedy, whole_path=True))
+    costs = dense.scores(whole_path())
     return cost_plan(modules, costs, asked_parameters(modules, ratio)), criterion
 
 
@@ -120,13 +122,27 @@ def by_loss(
     modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
 ) -> tuple[Plan, Criterion]:
     """The same with costs in nats: what a module's error does to the loss, to second order."""
-    prices = dense.scores(partial(exact_greedy, whole_path=True, metric=dense.metric()))
+    prices = dense.scores(whole_path(dense.metric()))
+    return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
+
+
+def by_stream(
+    modules: Sequence[Depth2Module], ratio: float, criterion: Criterion, dense: Dense
+) -> tuple[Plan, Criterion]:
+    """The same with squared errors as shares of the residual stream's energy behind the module: forward passes only."""
+    costs, energy = dense.scores(whole_path()), dense.energy()
+    prices = {module.name: costs[module.name] / energy[module.name] for module in modules}
     return cost_plan(modules, prices, asked_parameters(modules, ratio)), criterion
 
 
 ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": uniform, "floor": by_floor, "adaptive": adaptive, "cost": by_cost, "loss prices": by_loss
-}  # fmt: skip
+    "uniform": uniform,
+    "floor": by_floor,
+    "adaptive": adaptive,
+    "cost": by_cost,
+    "stream prices": by_stream,
+    "loss prices": by_loss,
+}
 
 
 @dataclass(frozen=True)
@@ -142,8 +158,8 @@ class Recipe:
             window (:func:`~greedy_helpers.reconstruct.choose_damp`).
         allocation: what a ratio means: `"uniform"`, that share of the parameters, the same of every module up to whole
             units (:func:`~greedy_helpers.allocation.uniform_plan`); `"floor"`, that share of every module's units,
-            rounded down; `"adaptive"`, `"cost"` and `"loss prices"`, that share of all modules' parameters, where they
-            score lowest.
+            rounded down; `"adaptive"`, `"cost"`, `"stream prices"` and `"loss prices"`, that share of all modules'
+            parameters, where they score lowest.
 
     Raises:
         ValueError: a name that is not in its table, or damp < 0.

@@ -235,11 +235,16 @@ def solve(
     if not new.isfinite().all():
         raise FloatingPointError(f"{moments.name}: the least-squares solution holds NaN or Inf (damp={damp})")
     if bias is not None:
-        aim = moments.y
-        if through or aim is None:  # what the layer, as it is now, makes of an input
-            aim = weight.to(new) @ (moments.y if through else moments.x).to(new) + moments.n * bias.to(new)
-        new_bias = (aim.to(new) - new @ moments.x.to(new)) / moments.n
+        new_bias = _bias_of(new, moments, weight, bias, through)
     return Solution(new, new_bias, damp, system.lam, moments.n, system.features, system.rank, condition, system.method)
+
+
+def _bias_of(new: Tensor, moments: Moments, weight: Tensor, bias: Tensor, through: bool) -> Tensor:
+    """The bias that takes the mean of `new`'s outputs to the targets' mean."""
+    aim = moments.y
+    if through or aim is None:  # what the layer, as it is now, makes of an input
+        aim = weight.to(new) @ (moments.y if through else moments.x).to(new) + moments.n * bias.to(new)
+    return (aim.to(new) - new @ moments.x.to(new)) / moments.n
 
 
 @torch.no_grad()
@@ -266,13 +271,17 @@ def choose_damp(
             f"{moments.name}: expected calibration windows that are held out, to choose a damping by, found "
             f"{0 if held is None else held.n} of {moments.n} tokens"
         )
-    fitted, errors = moments.fitted(), {}
+    fitted = moments.fitted()
     held = held.aim_through(weight, bias) if through else held
+    _, rest = normal_equations(fitted, weight, bias, max(candidates, key=math.isfinite), through=through)
+    fitted.solved.clear()  # one factor of that size at a time
+    errors = {}
     for damp in candidates:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # few tokens: that is what the held-out ones are for
-            found = solve(fitted, weight, bias, damp, through=through)
-        errors[damp] = held.squared_error(found.weight, found.bias).item()
+        new, new_bias = weight.to(rest), bias
+        if math.isfinite(damp):
+            new = new + Ridge(fitted, damp, bias is not None).solve(rest).T
+            new_bias = None if bias is None else _bias_of(new, fitted, weight, bias, through)
+        errors[damp] = held.squared_error(new, new_bias).item()
     return min(errors, key=lambda damp: (errors[damp], -damp))
 
 

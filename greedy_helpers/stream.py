@@ -213,13 +213,29 @@ class BlockStream:
 
     @torch.no_grad()
     def _call(self, block: nn.Module, place: int) -> Tensor:
-        hidden = self.hidden[place]
-        args, kwargs = _to(self._extra[self._windows[place]][self.position], self.device)
         with ExitStack() as stack:
             for owner, outputs in self._finished.items():
                 stack.enter_context(_running_once(owner, outputs, place, self.keep, self.device))
-            output = block(hidden.to(self.device, non_blocking=True), *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            return self.through(block, place, self.hidden[place].to(self.device, non_blocking=True), self.position)
+
+    def through(self, block: nn.Module, place: int, hidden: Tensor, index: int) -> Tensor:
+        """What block `index` makes of `hidden` [batch, seq, d] in the place of batch `place`; with a graph if asked."""
+        args, kwargs = _to(self._extra[self._windows[place]][index], self.device)
+        output = block(hidden, *args, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
+        return output[0] if self._returns_tuple else output
+
+    def head(self, place: int, hidden: Tensor) -> Tensor:
+        """Logits [batch, seq, vocabulary] that the model makes of `hidden` behind its last block, where its head is.
+
+        Some block has to have run before: what it returned tells in which form the model expects the hidden states.
+        """
+        windows, home = self._windows[place], input_device(self._model)
+        there = hidden.to(home)
+        given = (there,) if self._returns_tuple else there
+        with _forward_replaced(blocks_of(self._model), lambda *_args, **_kwargs: given):
+            tokens = self._tokens[windows.start : windows.stop].to(home)
+            return self._model(input_ids=tokens, use_cache=False).logits
 
 
 @dataclass

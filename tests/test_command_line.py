@@ -74,6 +74,7 @@ def test_prune_evaluate_generate(tmp_path, capsys):
             ["--recipe", "paper", "--remedy", "both", "--allocation", "cost"],
             Recipe("second moment", "both", 0.01, "cost"),
         ),
+        (["--damp", "held out"], replace(RECOMMENDED, damp="held out")),
         (["--criterion", "random", "--seed", "3"], Recipe(partial(random_scores, seed=3))),
     ],
 )

@@ -289,7 +289,11 @@ def test_without_damping_a_dead_channel_is_refused_by_name():
 
 
 def test_cost_plan_is_the_cheapest_plan_that_removes_as_much():
-    """Against all plans, for costs that rise ever faster in every module, each at its own rate."""
+    """Against all plans, for costs that rise ever faster in every module, each at its own rate.
+
+    The last unit may be too large for what is left of the budget: then the plan lies between the cheapest that removes
+    as much, and the cheapest that removes one such unit more.
+    """
     modules, scores = depth2_modules(tiny_model("llama")), {}
     for seed, module in enumerate(modules):
         rises = torch.rand(module.n_units, generator=torch.Generator().manual_seed(seed)).double().sort().values
@@ -305,9 +309,10 @@ def test_cost_plan_is_the_cheapest_plan_that_removes_as_much():
     for wanted in (5_000, 15_000, 25_000):
         plan = cost_plan(modules, scores, wanted)
         took = removed_parameters(modules, plan)
-        assert wanted <= took < wanted + dearest
+        assert abs(took - wanted) <= min(map(unit_parameters, modules)) / 2
         price = sum(scores[m.name][m.n_units - plan[m.name] - 1] for m in modules if plan[m.name] < m.n_units)
-        assert price.item() == pytest.approx(costs[removed >= took].min().item())
+        cheapest, one_more = costs[removed >= took].min().item(), costs[removed >= took + dearest].min().item()
+        assert cheapest * (1 - 1e-9) <= price.item() <= one_more
     with pytest.raises(ValueError, match="parameters in removable units"):
         cost_plan(modules, scores, 10**9)
 

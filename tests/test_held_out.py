@@ -104,3 +104,18 @@ def test_a_recipe_names_it_and_refuses_other_words():
     assert gh.Recipe(damp=HELD_OUT).names["damp"] == HELD_OUT
     with pytest.raises(ValueError, match="expected damp >= 0 or 'held out', found 'often'"):
         gh.Recipe(damp="often")
+
+
+@pytest.mark.parametrize(("n", "held"), [(1, 6), (3, 18), (4, 24), (9, 48)])
+def test_some_tokens_are_held_out_however_few_the_windows(n, held):
+    """Every fourth window of 24 tokens; of fewer than four the last quarter of each."""
+    found = []
+
+    def recording(module, seen):
+        found.append(seen.level2.held_out.n)
+        return gh.output_energy(module, seen)
+
+    parts = {"criterion": recording, "remedy": "post, local", "damp": HELD_OUT}
+    report = quiet(tiny_model("llama"), calibration(n), 0.25, **parts)
+    assert found == [held] * 4
+    assert all(step.damp in DAMPS for step in report.steps)

@@ -360,7 +360,7 @@ def test_a_round_costs_what_its_query_heads_cost_together():
         attention.name: rises.cumsum(0),
         ffn.name: (torch.full((80,), 9.0) * unit_parameters(ffn) / per_head).cumsum(0),
     }
-    first = cost_plan(modules, scores, 1)
+    first = cost_plan(modules, scores, 3 * per_head)
     assert first == {attention.name: 6, ffn.name: 80}
     beyond = cost_plan(modules, scores, 3 * per_head + 10 * unit_parameters(ffn))
     assert beyond == {attention.name: 6, ffn.name: 70}
