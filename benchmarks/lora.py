@@ -22,7 +22,7 @@ and trained with three quarters of the calibration windows, judged on the last q
 or more, until the best has a worse one on either side. Neither this choice nor merging counts as training time.
 
 LLM-Pruner (arXiv 2305.11627), with which the paper compares, trains these adapters on 50,000 instructions (Alpaca) for
-two epochs: a thousand times the text, from elsewhere. Here both sides see the calibration windows and nothing else.
+two epochs: far more text, from elsewhere. Here both sides see the calibration windows and nothing else.
 
 Adds the rows that are missing to the file, one by one: run it again to go on. One file holds several models. Text is
 recorded by the sha256 of its tokens.
@@ -66,7 +66,7 @@ RECOVERIES = {  # name -> (repaired first?, training time as a multiple of the r
     "LoRA x10": (False, 10),
     "repair + LoRA x10": (True, 10),
 }
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_RATE = 1e-3
 BATCH = 4  # windows per step
 LORA = LoraConfig(
@@ -121,7 +121,7 @@ def train(model: PreTrainedModel, tokens: Tensor, rate: float, seconds: float, s
 
 
 def best_rate(loss: Callable[[float], float]) -> float:
-    """From the first rate up while the loss falls, or else down: the best one has a worse one on either side."""
+    """From the first rate up while the loss falls, or else down: its neighbours in the table are worse."""
     best = RATES.index(FIRST_RATE)
     for step in (1, -1):
         while 0 <= best + step < len(RATES) and loss(RATES[best + step]) < loss(RATES[best]):

@@ -67,7 +67,7 @@ def test_a_cut_changes_no_other_weight_and_oscars_repaired_is_oscar(script):
     assert_same_model(unrepaired, script.cut(dense, tokens, RATIO, script.CUTS["output energy"])[0])
 
 
-@pytest.mark.parametrize("best", [1e-4, 3e-4, 1e-3, 1e-2, 3e-2])
+@pytest.mark.parametrize("best", [1e-5, 3e-4, 1e-3, 1e-2, 3e-2])
 def test_the_rate_is_sought_until_it_has_worse_neighbours(script, best):
     asked = []
 
