@@ -216,10 +216,10 @@ def trade(
         before, _ = deciding.divergence()
         lowest, behind = driving.divergence()
         for number in range(trades):
-            offers = _offers([*modules.values()], now, budget, step / 2 ** (number * rounds // trades))
-            if not (offers := [offer for offer in offers if offer[-1] not in tried]):
+            found = offers([*modules.values()], now, budget, step / 2 ** (number * rounds // trades))
+            if not (found := [offer for offer in found if offer[-1] not in tried]):
                 continue
-            giver, taker, candidate = draw.choice(offers)
+            giver, taker, candidate = draw.choice(found)
             pair = modules[giver], modules[taker]
             nested.put(pair, candidate)
             divergence, outputs = driving.divergence(behind, min(module.block for module in pair))
@@ -235,7 +235,7 @@ def trade(
     return Traded(now if after < before else given, before, after, history)
 
 
-def _offers(
+def offers(
     modules: Sequence[Depth2Module], plan: Plan, n_parameters: int, step: float
 ) -> Iterator[tuple[str, str, dict[str, int]]]:
     """Every (giver, taker, plan) that moves about `step` parameters and keeps `n_parameters` removed."""

@@ -1,6 +1,7 @@
 """The search over trades: its judge against a really pruned model, its refits against `prune`, its promises."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import tiny_model
 
 import greedy_helpers as gh
 from greedy_helpers.allocation import asked_parameters, removed_parameters, uniform_plan, unit_parameters
-from greedy_helpers.search import Judge, Nested, trade
+from greedy_helpers.search import Judge, Nested, offers, trade
 
 NAMES = ["llama", "llama-gqa", "gpt2"]
 
@@ -106,6 +107,23 @@ def test_a_planted_bad_plan_is_improved_within_its_budget(name):
         gh.prune(one, calibration(), recipe=gh.OSSCAR, plan=plan, progress=False)
     worse, better = (divergence(model, one, calibration(8, seed=2)) for one in pruned)
     assert better < 0.8 * worse
+
+
+def test_the_budget_does_not_drift():
+    """A hundred trades in a row. A KV head is 23.7 channels, and no number of them a round of query heads."""
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 8, "attention_bias": False}
+    model, draw, pairs = tiny_model("llama-gqa", **sizes), random.Random(0), set()
+    modules = gh.depth2_modules(model, unit={"model.layers.0.self_attn": "kv"})
+    plan, smallest = plan_of(modules), min(map(unit_parameters, modules))
+    wanted = removed_parameters(modules, plan)
+    for step in [3 * smallest, 20 * smallest] * 50:
+        found = list(offers(modules, plan, wanted, step))
+        for _, _, other in found:
+            assert abs(removed_parameters(modules, other) - wanted) <= smallest / 2
+        giver, taker, plan = draw.choice(found)
+        pairs.add((giver, taker))
+    names = {m.name for m in modules}
+    assert pairs == {(a, b) for a in names for b in names if a != b and "mlp" in a + b}
 
 
 def test_what_is_reported_is_what_the_windows_say():
