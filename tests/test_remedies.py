@@ -1,7 +1,6 @@
 """What a module is refitted to: each target against a slow computation with whole models and stored activations."""
 
 import copy
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +11,7 @@ from tiny import tiny_model
 
 from greedy_helpers import (
     RECOMMENDED,
+    Recipe,
     blocks_of,
     depth2_modules,
     exact_greedy,
@@ -75,12 +75,13 @@ def test_every_target_equals_the_slow_one(name, remedy):
     ("name", "width"), [("llama-gqa", "intermediate_size"), ("gpt2", "n_inner"), ("phi", "intermediate_size")]
 )
 @pytest.mark.parametrize("damp", [1e-2, 0.3])
-def test_the_recommended_recipe_equals_brute_force(name, width, damp):
+@pytest.mark.parametrize("remedy", [RECOMMENDED.remedy, "both, residual"])
+def test_exact_greedy_with_its_refits_equals_brute_force(name, width, damp, remedy):
     model = tiny_model(name, **{width: 20})
     slow = copy.deepcopy(model)
-    recipe = replace(RECOMMENDED, damp=damp, allocation="floor")
+    recipe = Recipe("exact greedy", remedy, damp, "floor")
     report = prune(model, TOKENS, 0.5, recipe, batch_size=7, progress=False)
-    steps = prune_slowly(slow, TOKENS, sizes_of(report), exact_greedy_slowly, "both, residual", damp)
+    steps = prune_slowly(slow, TOKENS, sizes_of(report), exact_greedy_slowly, remedy, damp)
     assert [step.keep.tolist() for step in report.steps] == [step.keep.tolist() for step in steps]
     assert [step.error for step in report.steps] == pytest.approx([step.error for step in steps], rel=1e-6)
     expected = slow.state_dict()
