@@ -13,6 +13,7 @@ from greedy_helpers.criteria import Seen
 from greedy_helpers.greedy import exact_greedy
 from greedy_helpers.measure import ModulePasses
 from greedy_helpers.prices import loss_metric, output_fisher
+from greedy_helpers.pruning import loss_prices
 from greedy_helpers.recipes import Recipe
 from greedy_helpers.stream import BlockStream
 
@@ -204,7 +205,7 @@ def test_a_plan_by_prices_meets_its_budget_and_spares_what_is_dear(model, tokens
 
 def test_prices_are_those_that_the_allocation_spends_by(model, tokens):
     modules = gh.depth2_modules(model)
-    costs = gh.loss_prices(model, tokens, batch_size=3)
+    costs = loss_prices(model, tokens, batch_size=3)
     plan = gh.cost_plan(modules, costs, asked_parameters(modules, 0.3))
     report = gh.prune(model, tokens, 0.3, Recipe("L2", "none", allocation="loss prices"), progress=False)
     assert {step.name: step.units_after for step in report.steps} == plan
