@@ -107,7 +107,7 @@ def main() -> None:
     }
     settings = {
         "calibration": f"{args.windows} random windows of 256 tokens",
-        "evaluation": f"{args.judged} evenly spaced windows of {args.judged_seq} tokens per text, each with an empty context",
+        "evaluation": "{} evenly spaced windows of {} tokens per text, each with an empty context".format(*size),
         "evaluation tokens, sha256": {name: digest(tokens) for name, tokens in texts.items()},
         **machine("cpu"),
     }
