@@ -102,9 +102,8 @@ def main() -> None:
 
     dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
     sources = dict(text.split("=", 1) for text in args.text)
-    texts = {
-        name: evaluation_tokens(tokenizer, args.judged, args.judged_seq, source) for name, source in sources.items()
-    }
+    size = (args.judged, args.judged_seq)
+    texts = {name: evaluation_tokens(tokenizer, *size, source) for name, source in sources.items()}
     settings = {
         "calibration": f"{args.windows} random windows of 256 tokens",
         "evaluation": "{} evenly spaced windows of {} tokens per text, each with an empty context".format(*size),
