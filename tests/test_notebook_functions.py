@@ -110,7 +110,7 @@ def test_second_moment_of_a_plain_module(digits):
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "opt"])
 def test_the_pruning_loop(family):
-    (prune_by_hand,) = taken_from("05_pruning", "prune_by_hand")
+    _, prune_by_hand = taken_from("05_pruning", "n_left", "prune_by_hand")
     model = tiny.tiny_model(family)
     tokens = torch.randint(tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
     by_hand = prune_by_hand(copy.deepcopy(model), tokens, 0.5, [0, 1])  # one of two query heads per KV head

@@ -1,4 +1,4 @@
-"""Two notebooks on the public model, with little text: what they say of the embedded models only, they assert so."""
+"""Three notebooks on the public model, with little text: what they say of the embedded models only, they assert so."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 @needs_public_model
-@pytest.mark.parametrize("stem", ["00_quickstart", "01_structure"])
+@pytest.mark.parametrize("stem", ["00_quickstart", "01_structure", "05_pruning"])
 def test_it_runs_on_the_public_model(stem, monkeypatch):
     monkeypatch.setenv("GREEDY_MODEL", "smollm2-135m")
     monkeypatch.setenv("GREEDY_WINDOWS", "2")

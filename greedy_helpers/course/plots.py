@@ -126,16 +126,22 @@ def module_map(
     vmin: float = 0.0,
     vmax: float | None = None,
 ) -> Axes:
-    """One number per module: `values` [kinds, blocks] as a heat map, dark is large, with the numbers written in."""
+    """One number per module: `values` [kinds, blocks] as a heat map, dark is large and NaN grey.
+
+    The numbers are written in while there is room for them, for up to 16 blocks; else a colour bar has the scale.
+    """
     values = np.asarray(values, dtype=float)
     vmax = float(np.nanmax(values)) if vmax is None else vmax
-    ax.imshow(values, cmap="Blues", vmin=vmin, vmax=vmax, aspect="auto")
-    size = 9 if values.shape[1] <= 8 else 8
-    for row, column in np.ndindex(values.shape):
+    image = ax.imshow(values, cmap="Blues", vmin=vmin, vmax=vmax, aspect="auto")
+    ax.set_facecolor("0.85")
+    n_blocks, roomy = values.shape[1], values.shape[1] <= 16
+    for row, column in np.argwhere(np.isfinite(values)) if roomy else ():
         dark = (values[row, column] - vmin) > 0.65 * (vmax - vmin)
-        look = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if dark else "black"}
-        ax.text(column, row, fmt.format(values[row, column]), **look)
-    ax.set_xticks(range(values.shape[1]))
+        look = {"ha": "center", "va": "center", "color": "white" if dark else "black"}
+        ax.text(column, row, fmt.format(values[row, column]), fontsize=9 if n_blocks <= 8 else 8, **look)
+    if not roomy:
+        ax.figure.colorbar(image, ax=ax, format=lambda value, _: fmt.format(value))
+    ax.set_xticks(range(0, n_blocks, 1 if roomy else 5))
     ax.set_yticks(range(len(kinds)), kinds)
     ax.tick_params(length=0)
     return ax
