@@ -128,8 +128,8 @@ class ModulePasses:
             dense: what the module does in the dense model.
             drift: what the residual stream lacks in front of the module, for the residual target.
             target: of level 2, see :mod:`greedy_helpers.remedies`; or `"none"`.
-            hold_out: the moments of every fourth window are taken for themselves, too; where there are fewer than
-                four, those of the last quarter of every window.
+            hold_out: the moments of every fifth window are taken for themselves, too (of texts that take turns,
+                windows of each); where there are fewer than five, those of the last quarter of every window.
             precision: see :class:`~greedy_helpers.moments.Moments`.
         """
         self._hold_out = hold_out
@@ -141,11 +141,11 @@ class ModulePasses:
         """Moments of what level 1, level 2 or both read, paired with their targets, from one pass over the block."""
         groups = {1: next(iter(self._module.level1.values())), 2: self._module.level2}
         results = [Moments(groups[level].path, self._precision, hold_out=self._hold_out) for level in levels]
-        first, few = 0, sum(map(len, self._stream.hidden)) < 4  # the batch's first window
+        first, few = 0, sum(map(len, self._stream.hidden)) < 5  # the batch's first window
         for place, inputs in enumerate(self._inputs([groups[level].linear for level in levels])):
             n, seq = self._stream.hidden[place].shape[:2]
-            every_fourth = (torch.arange(first, first + n) % 4 == 3)[:, None]
-            held_out = torch.arange(seq) >= seq - seq // 4 if few else every_fourth
+            every_fifth = (torch.arange(first, first + n) % 5 == 4)[:, None]
+            held_out = torch.arange(seq) >= seq - seq // 4 if few else every_fifth
             held_out = held_out.expand(n, seq).flatten()
             for moments, level, x in zip(results, levels, inputs, strict=True):
                 moments.update(x, self._target_of(level, place), held_out)

@@ -154,7 +154,7 @@ class Recipe:
             `functools.partial`; or a name in :data:`CRITERIA` or :data:`PREPARED`.
         remedy: a :class:`~greedy_helpers.remedies.Remedy`, or a name in :data:`~greedy_helpers.remedies.REMEDIES`.
         damp: ridge damping of every refit, and of criteria that solve, as a share of the mean diagonal of X'X; or
-            `"held out"`: every refit chooses its own, or to be left out, by what it does on every fourth calibration
+            `"held out"`: every refit chooses its own, or to be left out, by what it does on every fifth calibration
             window (:func:`~greedy_helpers.reconstruct.choose_damp`).
         allocation: what a ratio means: `"uniform"`, that share of the parameters, the same of every module up to whole
             units (:func:`~greedy_helpers.allocation.uniform_plan`); `"floor"`, that share of every module's units,
