@@ -326,7 +326,7 @@ def _handing_on(blocks: Sequence[nn.Module], returns_tuple: bool, gain: float) -
         hidden = hidden if gain == 1 else hidden * gain
         return (hidden,) if returns_tuple else hidden
 
-    with _forward_replaced(blocks, forward):
+    with forward_replaced(blocks, forward):
         yield calls
 
 
@@ -389,12 +389,12 @@ def _running_once(
         return
     kept = outputs[place]
     first = (kept[0] if isinstance(kept, tuple) else kept).to(device, copy=True, non_blocking=True)
-    with _forward_replaced([owner], lambda *_args, **_kwargs: (first, *kept[1:]) if isinstance(kept, tuple) else first):
+    with forward_replaced([owner], lambda *_args, **_kwargs: (first, *kept[1:]) if isinstance(kept, tuple) else first):
         yield
 
 
 @contextmanager
-def _forward_replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     own = [vars(module).get("forward") for module in modules]  # someone else may have replaced it before us
     try:
         for module in modules:
