@@ -217,3 +217,17 @@ def test_the_metric_takes_evenly_spaced_windows(model, tokens, monkeypatch):
     for most, chosen in [(1, [0]), (3 * tokens.shape[1], [0, 2, 5]), (10**6, range(6))]:
         loss_metric(model, tokens, most=most)
         assert torch.equal(seen[-1], tokens[list(chosen)])
+
+
+def test_the_metric_goes_on_with_smaller_batches(model, tokens, monkeypatch):
+    def short(model, tokens, *, batch_size, **where):
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+        return output_fisher(model, tokens, batch_size=batch_size, **where)
+
+    wanted = loss_metric(model, tokens)
+    monkeypatch.setattr(prices, "output_fisher", short)
+    with pytest.warns(UserWarning, match="loss_metric: out of memory .* going on with [12] windows"):
+        found = loss_metric(model, tokens, batch_size=4)
+    for name, root in wanted.items():
+        torch.testing.assert_close(found[name], root)

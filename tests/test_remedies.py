@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_exact_greedy_with_its_refits_equals_brute_force(name, width, damp, reme
     expected = slow.state_dict()
     for path, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[path], rtol=1e-6, atol=1e-6, msg=path)
+
+
+def test_a_criterion_may_look_at_windows_before_it_asks_for_moments():
+    """The drift behind attention is then known all the same, whether the criterion looks at every window or at one."""
+
+    def looking(module, seen, most):
+        for _ in islice(seen.level2_windows(), most):
+            pass
+        return exact_greedy(module, seen)
+
+    models = []
+    for most in (0, 1, 99):
+        model = tiny_model("llama")
+        quiet(model, calibration(12), 0.5, criterion=partial(looking, most=most), remedy="post, residual", batch_size=4)
+        models.append(model)
+    for other in models[1:]:
+        for one, same in zip(models[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-9, atol=1e-10)
 
 
 def test_the_residual_target_follows_modules_that_are_not_cut():
