@@ -233,7 +233,7 @@ class BlockStream:
         windows, home = self._windows[place], input_device(self._model)
         there = hidden.to(home)
         given = (there,) if self._returns_tuple else there
-        with _forward_replaced(blocks_of(self._model), lambda *_args, **_kwargs: given):
+        with forward_replaced(blocks_of(self._model), lambda *_args, **_kwargs: given):
             tokens = self._tokens[windows.start : windows.stop].to(home)
             return self._model(input_ids=tokens, use_cache=False).logits
 
