@@ -1,7 +1,12 @@
-"""Recipes side by side on a public model: perplexity behind the same budget, calibration text and unit.
+"""Recipes side by side on one model: perplexity behind the same budget, calibration text and unit.
 
     python benchmarks/recipes.py --model smollm2-135m --calibration "c4.jsonl[:800]" \
         --text "WikiText-2=wiki.test.raw" "C4=c4.jsonl[800:1000]" --out data/results/smollm2_recipes.json
+    python benchmarks/recipes.py --model llama-mini --calibration code+prose --windows 32 \
+        --text code=code prose=prose --judged 24 --judged-seq 256 --out data/results/llama-mini_recipes.json
+
+A recipe "on our plan" spends the budget by prices in nats (allocation "loss prices"), which are computed once per
+calibration set and serve all recipes and ratios.
 
 Adds the rows that are missing to the file, one by one: run it again to go on. Text is recorded by its sha256. With
 `--picture FILE.png` nothing is measured: what is recorded in `--out` is drawn, as the README shows it.
@@ -16,23 +21,31 @@ import itertools
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from common import load_average, machine, save
 
 import greedy_helpers as gh
+from greedy_helpers.allocation import asked_parameters
 from greedy_helpers.data import calibration_tokens, evaluation_tokens
 from greedy_helpers.evaluate import perplexity
+from greedy_helpers.pruning import loss_prices
 from greedy_helpers.recipes import Recipe
 
 RECIPES = {
-    "exact greedy, both, residual": Recipe("exact greedy", "both, residual"),
+    "recommended": gh.RECOMMENDED,
     "OSSCAR": gh.OSSCAR,
     "paper": Recipe("second moment", "pre"),
     "FLAP": gh.FLAP,
+    "Wanda-sp": Recipe("Wanda-sp", "none"),
     "output energy, no repair": Recipe("output energy", "none"),
+    "exact greedy, both, residual": Recipe("exact greedy", "both, residual"),
+    "recommended, uniform": replace(gh.RECOMMENDED, allocation="uniform"),
 }
+ON_OUR_PLAN = ("OSSCAR", "paper", "Wanda-sp", "output energy, no repair")
+RECIPES |= {f"{name}, on our plan": replace(RECIPES[name], allocation="loss prices") for name in ON_OUR_PLAN}
 
 
 def digest(tokens: torch.Tensor) -> str:
@@ -75,7 +88,8 @@ def main() -> None:
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.25])
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--windows", type=int, default=160, help="of 256 calibration tokens")
-    parser.add_argument("--judged", type=int, default=32, help="windows of 512 held-out tokens per text")
+    parser.add_argument("--judged", type=int, default=32, help="windows of held-out tokens per text")
+    parser.add_argument("--judged-seq", type=int, default=512, help="tokens of each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
@@ -88,10 +102,11 @@ def main() -> None:
 
     dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
     sources = dict(text.split("=", 1) for text in args.text)
-    texts = {name: evaluation_tokens(tokenizer, args.judged, 512, source) for name, source in sources.items()}
+    size = (args.judged, args.judged_seq)
+    texts = {name: evaluation_tokens(tokenizer, *size, source) for name, source in sources.items()}
     settings = {
         "calibration": f"{args.windows} random windows of 256 tokens",
-        "evaluation": f"{args.judged} evenly spaced windows of 512 tokens per text, each with an empty context",
+        "evaluation": "{} evenly spaced windows of {} tokens per text, each with an empty context".format(*size),
         "evaluation tokens, sha256": {name: digest(tokens) for name, tokens in texts.items()},
         **machine("cpu"),
     }
@@ -104,14 +119,25 @@ def main() -> None:
         found["dense"] = {name: round(perplexity(dense, tokens, batch_size=4), 4) for name, tokens in texts.items()}
         print(found["dense"], flush=True)
 
+    prices, prices_took = {}, {}
     for seed, ratio, unit, name in itertools.product(args.seed, args.ratio, args.unit, args.recipe):
         key = {"recipe": name, "ratio": ratio, "unit": unit, "seed": seed}
         if any(row.items() >= key.items() for row in found["rows"]):
             continue
         calibration = calibration_tokens(tokenizer, args.windows, 256, args.calibration, seed=seed)
-        model, started, cpu = copy.deepcopy(dense), time.perf_counter(), time.process_time()
-        report = gh.prune(model, calibration, ratio, RECIPES[name], unit=unit, batch_size=16, progress=False)
-        spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        model, budget, spent = copy.deepcopy(dense), {"ratio": ratio}, {}
+        if RECIPES[name].allocation == "loss prices":
+            if (seed, unit) not in prices:
+                cpu = time.process_time()
+                prices[seed, unit] = loss_prices(dense, calibration, unit=unit, batch_size=16)
+                prices_took[seed, unit] = time.process_time() - cpu
+            modules = gh.depth2_modules(dense, unit=unit)
+            budget = {"plan": gh.cost_plan(modules, prices[seed, unit], asked_parameters(modules, ratio))}
+            spent["cpu_seconds of the prices"] = prices_took[seed, unit]
+        started, cpu = time.perf_counter(), time.process_time()
+        how = {"unit": unit, "batch_size": 16, "progress": False}
+        report = gh.prune(model, calibration, recipe=RECIPES[name], **budget, **how)
+        spent |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
         row = key | {k: v for k, v in RECIPES[name].names.items()}
         row |= {text: round(perplexity(model, tokens, batch_size=4), 4) for text, tokens in texts.items()}
         row |= {f"{part} removed": round(share, 5) for part, share in report.removed.items()}

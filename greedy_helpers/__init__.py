@@ -31,7 +31,7 @@ from .export import export_plain
 from .families import FAMILIES
 from .greedy import exact_greedy
 from .moments import Moments
-from .pruning import loss_prices, prune, scores_of
+from .pruning import prune, scores_of
 from .recipes import FLAP, OSSCAR, PAPER, RECOMMENDED, Recipe
 from .reconstruct import solve
 from .similarity import head_divergence, redundant_heads
@@ -72,7 +72,6 @@ __all__ = [
     "keep_best",
     "load_model",
     "load_pruned",
-    "loss_prices",
     "output_energy",
     "perplexity",
     "prune",

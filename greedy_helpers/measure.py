@@ -179,12 +179,20 @@ class ModulePasses:
         """See :meth:`DenseRecord.hidden_mean`."""
         return self._dense.hidden_mean()
 
+    def _settle(self) -> None:
+        """The drift moves behind the modules that were passed, before a pass that does not watch them."""
+        if self._drift is not None and self._drift.passed:
+            for _ in self._inputs([]):
+                pass
+
     def attention_maps(self) -> Iterator[Tensor]:
         """[batch, heads, query, key], batch by batch."""
+        self._settle()
         return all_windows(self._stream.attention_maps(self._block, self._module.owner))
 
     def level2_windows(self) -> Iterator[Tensor]:
         """Level 2's inputs, [batch, seq, channels], batch by batch."""
+        self._settle()
 
         def windows() -> Iterator[Tensor]:
             batches = self._stream.inputs(self._block, [self._module.level2.linear])

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from .large.distributed import all_sum, all_windows, share_of
 from .large.lazy import resident
-from .stream import walk
+from .large.memory import at_smaller_batches
+from .stream import walk, windows_per_batch
 from .structure import asking_for_gradients, blocks_of, check_tokens, depth2_modules, eval_mode
 
 # Tokens for the metric: each costs as much as four forward passes.
@@ -76,7 +77,9 @@ def output_fisher(
                     gradients[place] = stream.keep(leaf.grad)
     sums = {module.name: sums[module.name] for module in depth2_modules(model)}  # in the same order everywhere
     all_sum(*sums.values())
-    return {name: total / tokens.numel() for name, total in sums.items()}
+    for total in sums.values():  # in place: one matrix per module is a lot of a large model
+        total /= tokens.numel()
+    return sums
 
 
 def _loss_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draws: Tensor) -> Tensor:
@@ -153,7 +156,9 @@ def loss_metric(
     tokens: Tensor,
     damp: float = 0.1,
     most: int = METRIC_TOKENS,
-    **where: int | torch.device | str | None,
+    *,
+    batch_size: int | None = None,
+    **where: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """:func:`output_fisher` as a metric: module name -> L, float64 [d, d] lower, with L L' = G + damp mean(diag G) I.
 
@@ -162,12 +167,19 @@ def loss_metric(
 
     Args:
         most: as many of the windows as hold at most so many tokens are taken, evenly spaced.
-        where: batch_size, device, store.
+        batch_size: windows per pass; halved, with a warning, when memory runs out.
+        where: device, store.
     """
     n = min(len(tokens), max(1, most // tokens.shape[1]))
     tokens = tokens[torch.linspace(0, len(tokens) - 1, n).long()]
+    fishers = at_smaller_batches(
+        lambda size: output_fisher(model, tokens, batch_size=size, **where),
+        min(n, windows_per_batch(batch_size, tokens.shape[1])),
+        "loss_metric",
+    )
     roots = {}
-    for name, fisher in output_fisher(model, tokens, **where).items():
+    for name in list(fishers):
+        fisher = fishers.pop(name)  # gone when its root is there
         floor = damp * fisher.diagonal().mean().clamp(min=torch.finfo(fisher.dtype).tiny)
         roots[name] = torch.linalg.cholesky(fisher + floor * torch.eye(len(fisher)).to(fisher))
     return roots

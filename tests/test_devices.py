@@ -1,6 +1,7 @@
 """Tensors of two devices that meet are noticed without a GPU: on a device that is only pretended."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def pretended(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("recipe", [PAPER, RECOMMENDED, FLAP, OSSCAR], ids=str)
+# no prices in nats here: autograd would ask for streams of the GPU
+@pytest.mark.parametrize("recipe", [PAPER, replace(RECOMMENDED, allocation="uniform"), FLAP, OSSCAR], ids=str)
 @pytest.mark.parametrize("store", ["cpu", GPU], ids=str)
 def test_a_run_with_its_blocks_on_another_device_gives_the_same_bits(recipe, store, pretended):
     model, expected = (tiny_model("llama", attention="eager", intermediate_size=20) for _ in range(2))

@@ -13,6 +13,7 @@ from greedy_helpers.criteria import Seen
 from greedy_helpers.greedy import exact_greedy
 from greedy_helpers.measure import ModulePasses
 from greedy_helpers.prices import loss_metric, output_fisher
+from greedy_helpers.pruning import loss_prices
 from greedy_helpers.recipes import Recipe
 from greedy_helpers.stream import BlockStream
 
@@ -204,7 +205,7 @@ def test_a_plan_by_prices_meets_its_budget_and_spares_what_is_dear(model, tokens
 
 def test_prices_are_those_that_the_allocation_spends_by(model, tokens):
     modules = gh.depth2_modules(model)
-    costs = gh.loss_prices(model, tokens, batch_size=3)
+    costs = loss_prices(model, tokens, batch_size=3)
     plan = gh.cost_plan(modules, costs, asked_parameters(modules, 0.3))
     report = gh.prune(model, tokens, 0.3, Recipe("L2", "none", allocation="loss prices"), progress=False)
     assert {step.name: step.units_after for step in report.steps} == plan
@@ -216,3 +217,17 @@ def test_the_metric_takes_evenly_spaced_windows(model, tokens, monkeypatch):
     for most, chosen in [(1, [0]), (3 * tokens.shape[1], [0, 2, 5]), (10**6, range(6))]:
         loss_metric(model, tokens, most=most)
         assert torch.equal(seen[-1], tokens[list(chosen)])
+
+
+def test_the_metric_goes_on_with_smaller_batches(model, tokens, monkeypatch):
+    def short(model, tokens, *, batch_size, **where):
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("out of memory (simulated)")
+        return output_fisher(model, tokens, batch_size=batch_size, **where)
+
+    wanted = loss_metric(model, tokens)
+    monkeypatch.setattr(prices, "output_fisher", short)
+    with pytest.warns(UserWarning, match="loss_metric: out of memory .* going on with [12] windows"):
+        found = loss_metric(model, tokens, batch_size=4)
+    for name, root in wanted.items():
+        torch.testing.assert_close(found[name], root)

@@ -1,8 +1,8 @@
 """What a module is refitted to: each target against a slow computation with whole models and stored activations."""
 
 import copy
-from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tiny import tiny_model
 
 from greedy_helpers import (
     RECOMMENDED,
+    Recipe,
     blocks_of,
     depth2_modules,
     exact_greedy,
@@ -75,17 +76,36 @@ def test_every_target_equals_the_slow_one(name, remedy):
     ("name", "width"), [("llama-gqa", "intermediate_size"), ("gpt2", "n_inner"), ("phi", "intermediate_size")]
 )
 @pytest.mark.parametrize("damp", [1e-2, 0.3])
-def test_the_recommended_recipe_equals_brute_force(name, width, damp):
+@pytest.mark.parametrize("remedy", [RECOMMENDED.remedy, "both, residual"])
+def test_exact_greedy_with_its_refits_equals_brute_force(name, width, damp, remedy):
     model = tiny_model(name, **{width: 20})
     slow = copy.deepcopy(model)
-    recipe = replace(RECOMMENDED, damp=damp, allocation="floor")
+    recipe = Recipe("exact greedy", remedy, damp, "floor")
     report = prune(model, TOKENS, 0.5, recipe, batch_size=7, progress=False)
-    steps = prune_slowly(slow, TOKENS, sizes_of(report), exact_greedy_slowly, "both, residual", damp)
+    steps = prune_slowly(slow, TOKENS, sizes_of(report), exact_greedy_slowly, remedy, damp)
     assert [step.keep.tolist() for step in report.steps] == [step.keep.tolist() for step in steps]
     assert [step.error for step in report.steps] == pytest.approx([step.error for step in steps], rel=1e-6)
     expected = slow.state_dict()
     for path, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[path], rtol=1e-6, atol=1e-6, msg=path)
+
+
+def test_a_criterion_may_look_at_windows_before_it_asks_for_moments():
+    """The drift behind attention is then known all the same, whether the criterion looks at every window or at one."""
+
+    def looking(module, seen, most):
+        for _ in islice(seen.level2_windows(), most):
+            pass
+        return exact_greedy(module, seen)
+
+    models = []
+    for most in (0, 1, 99):
+        model = tiny_model("llama")
+        quiet(model, calibration(12), 0.5, criterion=partial(looking, most=most), remedy="post, residual", batch_size=4)
+        models.append(model)
+    for other in models[1:]:
+        for one, same in zip(models[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-9, atol=1e-10)
 
 
 def test_the_residual_target_follows_modules_that_are_not_cut():
