@@ -127,8 +127,7 @@ def uniform_plan(modules: Sequence[Depth2Module], n_parameters: int, *, multiple
     Raises:
         ValueError: the modules cannot lose that many parameters, saying the most that can go; or a multiple below 1.
     """
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"uniform_plan: expected a multiple of at least 1 channel, found {multiple!r}")
+    _check_multiple("uniform_plan", multiple)
     total = sum(map(module_parameters, modules)) or 1
     attention, ffns = ([m for m in modules if (m.kind == "attention") == heads] for heads in (True, False))
 
@@ -241,6 +240,7 @@ def cost_plan(
         KeyError: a module without scores.
         ValueError: more parameters than the floor leaves to remove.
     """
+    _check_multiple("cost_plan", multiple)
     offers = []
     for module in modules:
         gone = _numbers_gone(module, floor, multiple)
@@ -271,6 +271,7 @@ def shape_plan(
         ValueError: modules of one kind that differ in size; or no shape within the floor removes as much, up to half a
             channel (or multiple) per FFN.
     """
+    _check_multiple("shape_plan", multiple)
     kinds = [[m for m in modules if (m.kind == "attention") == heads] for heads in (True, False)]
     for same in kinds:
         if len(sizes := {(m.n_units, m.n_sets, unit_parameters(m)) for m in same}) > 1:
@@ -302,10 +303,13 @@ def cumulative_costs(module: Depth2Module, scores: Mapping[str, Tensor]) -> Tens
     return torch.cat([rising.new_zeros(1), whole.repeat_interleave(module.n_sets)])
 
 
+def _check_multiple(function: str, multiple: int) -> None:
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"{function}: expected a multiple of at least 1 channel, found {multiple!r}")
+
+
 def _numbers_gone(module: Depth2Module, floor: float, multiple: int) -> list[int]:
     """How many units of a module may be gone, rising from none: whole rounds of heads, multiples of channels left."""
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"expected a multiple of at least 1 channel, found {multiple!r}")
     most = _n_free(module, floor) * module.n_sets
     if module.kind == "attention":
         return list(range(0, most + 1, module.n_sets))
