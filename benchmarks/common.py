@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from greedy_helpers.data import evaluation_tokens
+from greedy_helpers.evaluate import perplexity
 from greedy_helpers.files import replace_file, rows_as_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results"
@@ -31,6 +36,26 @@ def machine(device: str) -> dict[str, str | int]:
 def load_average() -> float | None:
     """Jobs that wanted a core in the last minute, our own included; None where the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def digest(tokens: Tensor) -> str:
+    """Of token ids: what was really read, whatever file or Hub it came from."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+class HeldOut:
+    """Texts by name that judge a model: `windows` evenly spaced windows of `seq` tokens of each NAME=SOURCE."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sources: list[str], windows: int, seq: int) -> None:
+        named = dict(source.split("=", 1) for source in sources)
+        self.texts = {name: evaluation_tokens(tokenizer, windows, seq, source) for name, source in named.items()}
+        self.settings = {
+            "evaluation": f"{windows} evenly spaced windows of {seq} tokens per text, each with an empty context",
+            "evaluation tokens, sha256": {name: digest(tokens) for name, tokens in self.texts.items()},
+        }
+
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        return {name: round(perplexity(model, tokens, batch_size=4), 4) for name, tokens in self.texts.items()}
 
 
 def save(found: dict, out: Path) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/lora.py --seed 0 1 2
     python benchmarks/lora.py --model smollm2-135m --calibration "c4.jsonl[:800]" --windows 160 \
-        --text "WikiText-2=wiki.test.raw" "C4=c4.jsonl[800:1000]" --judged 32 --judged-tokens 512
+        --text "WikiText-2=wiki.test.raw" "C4=c4.jsonl[800:1000]" --judged 32 --judged-seq 512
 
 A cut is the set of units that a recipe keeps (`CUTS`). What follows it is one of `RECOVERIES`:
 
@@ -42,14 +42,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from common import RESULTS, load_average, machine, save
+from common import RESULTS, HeldOut, digest, load_average, machine, save
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes import digest
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import greedy_helpers as gh
-from greedy_helpers.data import calibration_tokens, evaluation_tokens
+from greedy_helpers.data import calibration_tokens
 from greedy_helpers.evaluate import perplexity
 from greedy_helpers.recipes import Recipe
 
@@ -140,16 +139,14 @@ def main() -> None:
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--windows", type=int, default=32, help="of 256 calibration tokens")
     parser.add_argument("--judged", type=int, default=24, help="windows per held-out text")
-    parser.add_argument("--judged-tokens", type=int, default=256, help="tokens per held-out window")
+    parser.add_argument("--judged-seq", type=int, default=256, help="tokens per held-out window")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "lora.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
-    judged = args.judged, args.judged_tokens
-    sources = dict(text.split("=", 1) for text in args.text)
-    texts = {name: evaluation_tokens(tokenizer, *judged, source) for name, source in sources.items()}
+    judge = HeldOut(tokenizer, args.text, args.judged, args.judged_seq)
     calibrations = {
         seed: calibration_tokens(tokenizer, args.windows, 256, args.calibration, seed=seed) for seed in {0, *args.seed}
     }
@@ -157,8 +154,7 @@ def main() -> None:
         "ratio": args.ratio,
         "calibration": f"{args.windows} random windows of 256 tokens",
         "calibration tokens of seed 0, sha256": digest(calibrations[0]),
-        "evaluation": "{} evenly spaced windows of {} tokens per text, each with an empty context".format(*judged),
-        "evaluation tokens, sha256": {name: digest(tokens) for name, tokens in texts.items()},
+        **judge.settings,
         "windows per step": BATCH,
         **machine("cpu"),
         "peft": version("peft"),
@@ -168,9 +164,6 @@ def main() -> None:
     about = found["models"].setdefault(args.model, fresh)
     if about["settings"] != settings:
         parser.error(f"{args.out} was measured with {about['settings']}, not {settings}; name another file")
-
-    def judge(model: PreTrainedModel) -> dict[str, float]:
-        return {name: round(perplexity(model, tokens, batch_size=4), 4) for name, tokens in texts.items()}
 
     @functools.cache
     def pilot() -> tuple[PreTrainedModel, PreTrainedModel, float]:
@@ -190,7 +183,7 @@ def main() -> None:
             save(found, args.out)
         return measured[f"{rate:g}"]
 
-    about["dense"] = about["dense"] or judge(dense)
+    about["dense"] = about["dense"] or judge.perplexities(dense)
     seen, held_out = calibrations[0].tensor_split([3 * args.windows // 4])
     rates = {name: best_rate(functools.partial(held_out_loss, name)) for name in args.recovery if RECOVERIES[name][1]}
     for seed, name in itertools.product(args.seed, args.cut):
@@ -208,7 +201,7 @@ def main() -> None:
                 rate = rates[key["recovery"]]
                 adapted, spent = train(model, calibration, rate, times * seconds, seed)
                 model, spent = adapted.merge_and_unload(), {"learning rate": rate} | spent
-            row = key | judge(model) | {"repair seconds": round(seconds, 1)} | spent
+            row = key | judge.perplexities(model) | {"repair seconds": round(seconds, 1)} | spent
             row |= {"parameters": gh.count_parameters(model)["total"], "units left": [len(u) for u in kept.values()]}
             row |= {"calibration tokens, sha256": digest(calibration), "load average": load_average()}
             print(row, flush=True)

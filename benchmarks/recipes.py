@@ -6,7 +6,10 @@
         --text code=code prose=prose --judged 24 --judged-seq 256 --out data/results/llama-mini_recipes.json
 
 A recipe "on our plan" spends the budget by prices in nats (allocation "loss prices"), which are computed once per
-calibration set and serve all recipes and ratios.
+calibration set and serve all recipes and ratios. The other way round, "recommended, influence T" is our choice of units
+and our repair on MoDeGPT's plan with temperature T, "recommended, slope S" on ATP's, where the last block loses S times
+the ratio more than the first. "blocks dropped" removes whole blocks, those of least influence (ShortGPT), as many as do
+not exceed the ratio, and repairs nothing.
 
 Adds the rows that are missing to the file, one by one: run it again to go on. Text is recorded by its sha256. With
 `--picture FILE.png` nothing is measured: what is recorded in `--out` is drawn, as the README shows it.
@@ -16,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import itertools
 import json
 import math
@@ -25,14 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import load_average, machine, save
+from common import HeldOut, digest, load_average, machine, save
+from transformers import PreTrainedModel
 
 import greedy_helpers as gh
-from greedy_helpers.allocation import asked_parameters
-from greedy_helpers.data import calibration_tokens, evaluation_tokens
-from greedy_helpers.evaluate import perplexity
+from greedy_helpers.allocation import Plan, asked_parameters
+from greedy_helpers.data import calibration_tokens
+from greedy_helpers.depth import block_influence, influence_shares, plan_of_shares, slope_shares
 from greedy_helpers.pruning import loss_prices
 from greedy_helpers.recipes import Recipe
+from greedy_helpers.structure import Depth2Module, blocks_of
 
 RECIPES = {
     "recommended": gh.RECOMMENDED,
@@ -46,11 +50,30 @@ RECIPES = {
 }
 ON_OUR_PLAN = ("OSSCAR", "paper", "Wanda-sp", "output energy, no repair")
 RECIPES |= {f"{name}, on our plan": replace(RECIPES[name], allocation="loss prices") for name in ON_OUR_PLAN}
+TEMPERATURES = {f"recommended, influence {temperature:g}": temperature for temperature in (0.1, 0.3, 1.0)}
+SLOPES = {f"recommended, slope {slope:g}": slope for slope in (0.5, 1.0)}
+RECIPES |= dict.fromkeys([*TEMPERATURES, *SLOPES], RECIPES["recommended, uniform"])
+RECIPES["blocks dropped"] = None  # nothing is scored unit by unit
 
 
-def digest(tokens: torch.Tensor) -> str:
-    """Of token ids: what was really read, whatever file or Hub it came from."""
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+def depth_plan(name: str, modules: list[Depth2Module], influence: list[float], ratio: float) -> Plan:
+    """The plan of a recipe that spreads the budget over the blocks by a rule of others."""
+    if name in TEMPERATURES:
+        return plan_of_shares(modules, influence_shares(influence, ratio, TEMPERATURES[name]))
+    n = len(influence)
+    return plan_of_shares(modules, slope_shares(n, ratio, SLOPES[name] * ratio / (n - 1)))
+
+
+def drop_blocks(model: PreTrainedModel, influence: list[float], ratio: float) -> dict:
+    """The blocks of least influence go; what was removed, for the row."""
+    before, blocks = gh.count_parameters(model), blocks_of(model)
+    order = sorted(range(len(blocks)), key=lambda index: influence[index])
+    dropped = sorted(order[: int(ratio * len(blocks))])
+    for index in reversed(dropped):
+        del blocks[index]
+    after = gh.count_parameters(model)
+    shares = {f"{part} removed": round(1 - after[part] / before[part], 5) for part in ("total", "blocks")}
+    return {"dropped": dropped} | shares
 
 
 def draw(found: dict, file: Path) -> None:
@@ -92,6 +115,7 @@ def main() -> None:
     parser.add_argument("--judged-seq", type=int, default=512, help="tokens of each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep every pruned model in a folder below")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     if args.picture:
@@ -101,13 +125,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
-    sources = dict(text.split("=", 1) for text in args.text)
-    size = (args.judged, args.judged_seq)
-    texts = {name: evaluation_tokens(tokenizer, *size, source) for name, source in sources.items()}
+    held_out = HeldOut(tokenizer, args.text, args.judged, args.judged_seq)
     settings = {
         "calibration": f"{args.windows} random windows of 256 tokens",
-        "evaluation": "{} evenly spaced windows of {} tokens per text, each with an empty context".format(*size),
-        "evaluation tokens, sha256": {name: digest(tokens) for name, tokens in texts.items()},
+        **held_out.settings,
         **machine("cpu"),
     }
     found = {"settings": settings, "dense": {}, "rows": []}
@@ -116,35 +137,46 @@ def main() -> None:
         if found["settings"] != settings:
             parser.error(f"{args.out} was measured with {found['settings']}, not {settings}; name another file")
     if not found["dense"]:
-        found["dense"] = {name: round(perplexity(dense, tokens, batch_size=4), 4) for name, tokens in texts.items()}
+        found["dense"] = held_out.perplexities(dense)
         print(found["dense"], flush=True)
 
-    prices, prices_took = {}, {}
+    prices, prices_took, influences = {}, {}, {}
     for seed, ratio, unit, name in itertools.product(args.seed, args.ratio, args.unit, args.recipe):
         key = {"recipe": name, "ratio": ratio, "unit": unit, "seed": seed}
         if any(row.items() >= key.items() for row in found["rows"]):
             continue
         calibration = calibration_tokens(tokenizer, args.windows, 256, args.calibration, seed=seed)
-        model, budget, spent = copy.deepcopy(dense), {"ratio": ratio}, {}
-        if RECIPES[name].allocation == "loss prices":
+        model, recipe, budget, spent = copy.deepcopy(dense), RECIPES[name], {"ratio": ratio}, {}
+        modules = gh.depth2_modules(dense, unit=unit)
+        if recipe and recipe.allocation == "loss prices":
             if (seed, unit) not in prices:
                 cpu = time.process_time()
                 prices[seed, unit] = loss_prices(dense, calibration, unit=unit, batch_size=16)
                 prices_took[seed, unit] = time.process_time() - cpu
-            modules = gh.depth2_modules(dense, unit=unit)
             budget = {"plan": gh.cost_plan(modules, prices[seed, unit], asked_parameters(modules, ratio))}
             spent["cpu_seconds of the prices"] = prices_took[seed, unit]
+        elif name in TEMPERATURES | SLOPES | {"blocks dropped": None}:
+            if seed not in influences:
+                influences[seed] = block_influence(dense, calibration, batch_size=16)
+            if recipe:
+                budget = {"plan": depth_plan(name, modules, influences[seed], ratio)}
         started, cpu = time.perf_counter(), time.process_time()
-        how = {"unit": unit, "batch_size": 16, "progress": False}
-        report = gh.prune(model, calibration, recipe=RECIPES[name], **budget, **how)
+        if recipe is None:
+            done = drop_blocks(model, influences[seed], ratio)
+        else:
+            how = {"unit": unit, "batch_size": 16, "progress": False}
+            report = gh.prune(model, calibration, recipe=recipe, **budget, **how)
+            done = {f"{part} removed": round(share, 5) for part, share in report.removed.items()}
+            done |= {"units left": [step.units_after for step in report.steps]}
+            done |= {"stream error": round(report.stream_errors[-1], 5)}
         spent |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        row = key | {k: v for k, v in RECIPES[name].names.items()}
-        row |= {text: round(perplexity(model, tokens, batch_size=4), 4) for text, tokens in texts.items()}
-        row |= {f"{part} removed": round(share, 5) for part, share in report.removed.items()}
-        row |= {"units left": [step.units_after for step in report.steps]}
-        row |= {"stream error": round(report.stream_errors[-1], 5), "calibration tokens, sha256": digest(calibration)}
+        row = key | (recipe.names if recipe else {}) | held_out.perplexities(model) | done
+        row |= {"calibration tokens, sha256": digest(calibration)}
         row |= {k: round(v, 1) for k, v in spent.items()} | {"load average": load_average()}
         print(row, flush=True)
+        if args.save and recipe:
+            folder = args.save / f"{name}, {ratio:g}, {unit}, seed {seed}"
+            gh.save_pruned(model, folder, tokenizer, report=report, overwrite=True)
         found["rows"].append(row)
         save(found, args.out)
 
