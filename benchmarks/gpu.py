@@ -37,6 +37,7 @@ from greedy_helpers.course.cost import peak_memory
 from greedy_helpers.criteria import Criterion
 from greedy_helpers.large.lazy import entries, same_kind
 from greedy_helpers.measure import ModulePasses
+from greedy_helpers.recipes import CRITERIA
 from greedy_helpers.stream import BlockStream
 
 SHAPES = {
@@ -200,7 +201,7 @@ def measure(args: argparse.Namespace) -> dict:
         model = build(args.shape, args.layers, device, home)
         tokens = torch.randint(0, model.config.vocab_size, (args.windows, args.seq))
         stages = Stages(device, precision)
-        criterion, _ = recipe.resolved(model, tokens)
+        criterion = CRITERIA[recipe.criterion]
         timed = replace(recipe, criterion=stages.criterion(criterion, greedy=criterion is gh.exact_greedy))
         where = {"device": device, "store": args.store, "precision": precision, "batch_size": args.batch_size}
         with peak_memory(device) as memory, stages.watching():

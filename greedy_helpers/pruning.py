@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -333,12 +333,13 @@ def _job(
     where: dict[str, Any],
 ) -> Job:
     """The recipe's functions, and the plan: the one that was given, or what the recipe makes of the ratio."""
-    criterion, remedy = recipe.resolved(model, calibration, unit)
+    same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
+    score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
+    metric = cache(partial(loss_metric, model, calibration, **where))
+    energy = partial(stream_energy, model, calibration, **where)
+    dense = Dense(model, calibration, unit, score, metric, energy)
+    criterion, remedy = recipe.resolved(dense)
     if plan is None:
-        same = {"blocks": {m.block for m in modules}, "kinds": {m.kind for m in modules}, "unit": unit}
-        score = partial(scores_of, model, calibration, damp=recipe.damp, precision=precision, **same, **where)
-        energy = partial(stream_energy, model, calibration, **where)
-        dense = Dense(score, partial(loss_metric, model, calibration, **where), energy)
         plan, criterion = ALLOCATIONS[recipe.allocation](modules, ratio, criterion, dense)
     plan = {m.name: plan.get(m.name, m.n_units) for m in modules}
     return Job(criterion, remedy, recipe.damp, plan, unit, precision)

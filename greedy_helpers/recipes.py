@@ -26,7 +26,6 @@ from .criteria import (
     weight_norm,
 )
 from .greedy import exact_greedy, whole_path
-from .prices import loss_metric
 from .reconstruct import HELD_OUT
 from .remedies import REMEDIES, Remedy
 from .structure import Depth2Module, UnitChoice
@@ -48,34 +47,37 @@ CRITERIA: dict[str, Criterion] = {
     "energy heads, greedy FFN": partial(by_kind, attention=output_energy, ffn=exact_greedy),
 }
 
-# Criteria that look at the whole dense model first: (model, calibration, unit) -> criterion.
-PREPARED: dict[str, Callable[[PreTrainedModel, Tensor, UnitChoice], Criterion]] = {
-    "exact greedy, loss metric": lambda model, tokens, unit="query": partial(
-        exact_greedy, metric=loss_metric(model, tokens)
-    ),
-    **{
-        f"Taylor {kind}": lambda model, tokens, unit="query", kind=kind: partial(
-            fixed_scores, scores=taylor_scores(model, tokens, kind, unit=unit)
-        )
-        for kind in ("vector", "element1", "element2", "mix")
-    },
-}
-
 
 @dataclass(frozen=True)
 class Dense:
-    """What an allocation may ask about the whole model before anything is cut.
+    """What a recipe may ask about the whole model before anything is cut.
 
     Attributes:
+        model, calibration, unit: as :func:`~greedy_helpers.pruning.prune` was given them.
         scores: criterion -> every module's scores, :func:`~greedy_helpers.pruning.scores_of` with the run's settings.
-        metric: () -> the loss's metric on every module's output, :func:`~greedy_helpers.prices.loss_metric`.
+        metric: () -> the loss's metric on every module's output, :func:`~greedy_helpers.prices.loss_metric`; computed
+            once, whoever asks.
         energy: () -> the stream's energy behind every module, :func:`~greedy_helpers.prices.stream_energy`.
     """
 
+    model: PreTrainedModel
+    calibration: Tensor
+    unit: UnitChoice
     scores: Callable[[Criterion], dict[str, Tensor]]
     metric: Callable[[], dict[str, Tensor]]
     energy: Callable[[], dict[str, float]]
 
+
+# Criteria that look at the whole dense model first.
+PREPARED: dict[str, Callable[[Dense], Criterion]] = {
+    "exact greedy, loss metric": lambda dense: partial(exact_greedy, metric=dense.metric()),
+    **{
+        f"Taylor {kind}": lambda dense, kind=kind: partial(
+            fixed_scores, scores=taylor_scores(dense.model, dense.calibration, kind, unit=dense.unit)
+        )
+        for kind in ("vector", "element1", "element2", "mix")
+    },
+}
 
 # (modules, ratio, criterion, the dense model) -> (plan, criterion to prune with).
 Allocation = Callable[[Sequence[Depth2Module], float, Criterion, Dense], tuple[Plan, Criterion]]
@@ -200,14 +202,12 @@ class Recipe:
         spread = "" if self.allocation in ("uniform", "floor") else f", {self.allocation}"  # both: equal shares
         return names["criterion"] + spread + remedy
 
-    def resolved(
-        self, model: PreTrainedModel, calibration: Tensor, unit: UnitChoice = "query"
-    ) -> tuple[Criterion, Remedy]:
+    def resolved(self, dense: Dense) -> tuple[Criterion, Remedy]:
         """The functions that the names stand for. Some criteria look at the dense model now."""
         criterion, remedy = self.criterion, self.remedy
         if isinstance(criterion, str):
             prepare = PREPARED.get(criterion)
-            criterion = CRITERIA[criterion] if prepare is None else prepare(model, calibration, unit)
+            criterion = CRITERIA[criterion] if prepare is None else prepare(dense)
         return criterion, REMEDIES[remedy] if isinstance(remedy, str) else remedy
 
 

@@ -7,7 +7,7 @@ from conftest import assert_untouched, state_of
 from tiny import CONFIGS, tiny_model
 
 import greedy_helpers as gh
-from greedy_helpers import prices
+from greedy_helpers import prices, pruning
 from greedy_helpers.allocation import asked_parameters
 from greedy_helpers.criteria import Seen
 from greedy_helpers.greedy import exact_greedy
@@ -209,6 +209,19 @@ def test_prices_are_those_that_the_allocation_spends_by(model, tokens):
     plan = gh.cost_plan(modules, costs, asked_parameters(modules, 0.3))
     report = gh.prune(model, tokens, 0.3, Recipe("L2", "none", allocation="loss prices"), progress=False)
     assert {step.name: step.units_after for step in report.steps} == plan
+
+
+def test_choice_and_budget_share_one_metric(model, tokens, monkeypatch):
+    asked = []
+
+    def counted(model, tokens, **where):
+        asked.append(where["batch_size"])
+        return loss_metric(model, tokens, **where)
+
+    monkeypatch.setattr(pruning, "loss_metric", counted)
+    recipe = Recipe("exact greedy, loss metric", "none", allocation="loss prices")
+    gh.prune(model, tokens, 0.3, recipe, batch_size=3, progress=False)
+    assert asked == [3]
 
 
 def test_the_metric_takes_evenly_spaced_windows(model, tokens, monkeypatch):

@@ -61,7 +61,7 @@ def test_the_default_is_the_recommended_recipe():
 )
 def test_published_recipes_are_what_they_say(recipe, name, criterion, remedy, target):
     assert str(recipe) == name
-    function, steps = recipe.resolved(None, None)
+    function, steps = recipe.resolved(None)
     assert (function, steps.target) == (criterion, target)
     assert tuple(when for when in ("before", "after") if getattr(steps, when)) == remedy
     assert (steps.refits_level1, steps.reads_means) == ("before" in remedy, recipe is FLAP)
