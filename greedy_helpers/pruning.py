@@ -144,9 +144,9 @@ def prune(
         calibration: long [n, seq], packed and never padded.
         ratio: share to remove, in [0, 1): of the parameters of the modules to be pruned, which are the weights and
             biases of their linears, keys and values that query heads share included; norms, about a thousandth of a
-            block, do not count. By the default, `"uniform"`, every attention module loses the nearest number of heads
-            and the FFNs the rest, so that the ratio is met to within one channel per FFN
-            (:func:`~greedy_helpers.allocation.uniform_plan`). Other allocations: :class:`~greedy_helpers.Recipe`.
+            block, do not count. The default recipe spends it where it costs the loss least, `"loss prices"`. By
+            `"uniform"` every attention module loses the nearest number of heads and the FFNs the rest, so that the
+            ratio is met to within one channel per FFN (:func:`~greedy_helpers.allocation.uniform_plan`).
         recipe: which units go and how the rest is repaired: :data:`~greedy_helpers.recipes.RECOMMENDED`, `PAPER`,
             `FLAP`, `OSSCAR`, or a :class:`~greedy_helpers.recipes.Recipe` of your own.
         plan: in the place of a ratio: module name -> units to keep, as the functions in `allocation.py` make it.

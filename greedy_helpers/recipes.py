@@ -245,9 +245,10 @@ def _short(value: object) -> str:
     return repr(value)
 
 
-# The default everywhere: the budget where it costs the loss least, the exact search, and one refit behind it that takes
-# up what the modules before have lost, each with the damping that held-out calibration windows prefer.
-RECOMMENDED = Recipe("exact greedy", "post, residual", HELD_OUT, "loss prices")
+# The default everywhere: the budget where it costs the loss least, the exact search by the same prices, and one refit
+# behind it that takes up what the modules before have lost, each with the damping that held-out calibration windows
+# prefer.
+RECOMMENDED = Recipe("exact greedy, loss metric", "post, residual", HELD_OUT, "loss prices")
 # Li, Dong, Lei (arXiv 2407.19126): the second moment, level 1 and level 2 refitted before the cut.
 PAPER = Recipe("second moment", "pre", allocation="floor")
 # An et al. (arXiv 2312.11983) as published: fluctuation, one ranking over the model, means into biases.

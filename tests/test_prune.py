@@ -3,6 +3,7 @@
 import copy
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,19 +42,21 @@ def test_the_default_is_the_recommended_recipe():
     plain = prune(models[0], calibration(), 0.5, progress=False)
     named = prune(models[1], calibration(), 0.5, RECOMMENDED, progress=False)
     parts = {"damp": "held out", "allocation": "loss prices"}
-    spelled = quiet(models[2], calibration(), 0.5, criterion="exact greedy", remedy="post, residual", **parts)
+    spelled = quiet(
+        models[2], calibration(), 0.5, criterion="exact greedy, loss metric", remedy="post, residual", **parts
+    )
     for model, report in zip(models[1:], (named, spelled), strict=True):
         assert_same_report(report, plain)
         assert_same_model(model, models[0])
     assert (plain.criterion, plain.remedy, plain.damp, plain.allocation) == (
-        "exact greedy", "post, residual", "held out", "loss prices",
+        "exact greedy, loss metric", "post, residual", "held out", "loss prices",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("recipe", "name", "criterion", "remedy", "target"),
     [
-        (RECOMMENDED, "exact greedy, loss prices + post, residual", exact_greedy, ("after",), "residual"),
+        (RECOMMENDED, "exact greedy, loss metric, loss prices + post, residual", exact_greedy, ("after",), "residual"),
         (PAPER, "second moment + pre", second_moment, ("before",), "dense"),
         (FLAP, "FLAP WIFV, adaptive + bias", flap, ("after",), "dense"),
         (OSSCAR, "exact greedy + post, local", exact_greedy, ("after",), "local"),
@@ -61,8 +64,8 @@ def test_the_default_is_the_recommended_recipe():
 )
 def test_published_recipes_are_what_they_say(recipe, name, criterion, remedy, target):
     assert str(recipe) == name
-    function, steps = recipe.resolved(None)
-    assert (function, steps.target) == (criterion, target)
+    function, steps = recipe.resolved(SimpleNamespace(metric=dict))
+    assert (getattr(function, "func", function), steps.target) == (criterion, target)
     assert tuple(when for when in ("before", "after") if getattr(steps, when)) == remedy
     assert (steps.refits_level1, steps.reads_means) == ("before" in remedy, recipe is FLAP)
 

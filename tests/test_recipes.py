@@ -65,7 +65,7 @@ def test_reports_repeat_the_recipe(recipe):
 
 
 def test_recipes_in_words():
-    assert str(RECOMMENDED) == "exact greedy, loss prices + post, residual"
+    assert str(RECOMMENDED) == "exact greedy, loss metric, loss prices + post, residual"
     assert str(Recipe()) == "exact greedy + both, residual"
     assert str(FLAP) == "FLAP WIFV, adaptive + bias"
     assert str(Recipe(second_moment, "none")) == "second moment"
