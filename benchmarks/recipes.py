@@ -38,7 +38,8 @@ from greedy_helpers.allocation import Plan, asked_parameters
 from greedy_helpers.data import calibration_tokens
 from greedy_helpers.data_free import self_generated_tokens
 from greedy_helpers.depth import block_influence, influence_shares, plan_of_shares, slope_shares
-from greedy_helpers.pruning import loss_prices
+from greedy_helpers.greedy import whole_path
+from greedy_helpers.prices import loss_metric
 from greedy_helpers.recipes import Recipe
 from greedy_helpers.structure import Depth2Module, blocks_of
 
@@ -149,7 +150,6 @@ def main() -> None:
         found["dense"] = held_out.perplexities(dense)
         print(found["dense"], flush=True)
 
-    prices, prices_took, influences = {}, {}, {}
     text = "self-generated" if args.calibration == "self-generated" else Path(args.calibration).name
 
     @functools.cache
@@ -157,6 +157,22 @@ def main() -> None:
         if text == "self-generated":
             return self_generated_tokens(dense, tokenizer, windows, 256, seed=seed)
         return calibration_tokens(tokenizer, windows, 256, args.calibration, seed=seed)
+
+    @functools.cache
+    def influence_of(windows: int, seed: int) -> list[float]:
+        return block_influence(dense, calibration_of(windows, seed), batch_size=16)
+
+    @functools.cache
+    def metric_of(windows: int, seed: int) -> tuple[dict[str, torch.Tensor], float]:
+        started = time.process_time()
+        metric = loss_metric(dense, calibration_of(windows, seed), batch_size=16)
+        return metric, time.process_time() - started
+
+    @functools.cache
+    def prices_of(windows: int, seed: int, unit: str) -> tuple[dict[str, torch.Tensor], float]:
+        priced, started = whole_path(metric_of(windows, seed)[0]), time.process_time()
+        prices = gh.scores_of(dense, calibration_of(windows, seed), priced, unit=unit, batch_size=16)
+        return prices, time.process_time() - started
 
     for windows, seed, ratio, unit, name in itertools.product(
         args.windows, args.seed, args.ratio, args.unit, args.recipe
@@ -167,21 +183,20 @@ def main() -> None:
         calibration, sample = calibration_of(windows, seed), (windows, seed)
         model, recipe, budget, spent = copy.deepcopy(dense), RECIPES[name], {"ratio": ratio}, {}
         modules = gh.depth2_modules(dense, unit=unit)
+        if recipe and "loss" in recipe.names["criterion"] + recipe.names["allocation"]:
+            metric, spent["cpu_seconds of the metric"] = metric_of(*sample)
+            if recipe.criterion == "exact greedy, loss metric":
+                recipe = replace(recipe, criterion=functools.partial(gh.exact_greedy, metric=metric))
         if recipe and recipe.allocation == "loss prices":
-            if (*sample, unit) not in prices:
-                cpu = time.process_time()
-                prices[*sample, unit] = loss_prices(dense, calibration, unit=unit, batch_size=16)
-                prices_took[*sample, unit] = time.process_time() - cpu
-            budget = {"plan": gh.cost_plan(modules, prices[*sample, unit], asked_parameters(modules, ratio))}
-            spent["cpu_seconds of the prices"] = prices_took[*sample, unit]
+            prices, spent["cpu_seconds of the prices"] = prices_of(*sample, unit)
+            budget = {"plan": gh.cost_plan(modules, prices, asked_parameters(modules, ratio))}
         elif name in TEMPERATURES | SLOPES | {"blocks dropped": None}:
-            if sample not in influences:
-                influences[sample] = block_influence(dense, calibration, batch_size=16)
+            influence = influence_of(*sample)
             if recipe:
-                budget = {"plan": depth_plan(name, modules, influences[sample], ratio)}
+                budget = {"plan": depth_plan(name, modules, influence, ratio)}
         started, cpu = time.perf_counter(), time.process_time()
         if recipe is None:
-            done = drop_blocks(model, influences[sample], ratio)
+            done = drop_blocks(model, influence, ratio)
         else:
             how = {"unit": unit, "batch_size": 16, "progress": False}
             report = gh.prune(model, calibration, recipe=recipe, **budget, **how)
@@ -189,7 +204,7 @@ def main() -> None:
             done |= {"units left": [step.units_after for step in report.steps]}
             done |= {"stream error": round(report.stream_errors[-1], 5)}
         spent |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        row = key | (recipe.names if recipe else {}) | held_out.perplexities(model) | done
+        row = key | (RECIPES[name].names if recipe else {}) | held_out.perplexities(model) | done
         row |= {"calibration tokens, sha256": digest(calibration)}
         row |= {k: round(v, 1) for k, v in spent.items()} | {"load average": load_average()}
         print(row, flush=True)
