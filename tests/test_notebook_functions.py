@@ -21,6 +21,7 @@ from greedy_helpers.allocation import n_removed
 from greedy_helpers.course import graphs
 from greedy_helpers.course.cost import count_macs
 from greedy_helpers.course.multiple_choice import paired_accuracy
+from greedy_helpers.criteria import removal_costs
 from greedy_helpers.evaluate import TextScore
 from greedy_helpers.greedy import eliminate
 from greedy_helpers.measure import ModulePasses
@@ -196,6 +197,36 @@ def test_the_bias_remedy():
     )
     gone = sorted(set(range(80)) - set(report.steps[0].keep.tolist()))
     torch.testing.assert_close(ffn.level2.linear.bias - bias, bias_remedy(whole, torch.cat(z), gone))
+
+
+def test_joint_removal():
+    remove_jointly, cheapest_pairs, repair_jointly, repair_by_sweep = taken_from(
+        "12_neighbours", "remove_jointly", "cheapest_pairs", "repair_jointly", "repair_by_sweep"
+    )
+    cheapest_pairs.__globals__["PAIRS"] = pairs = torch.tensor(list(itertools.combinations(range(4), 2)))
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 8, generator=generator).double() @ torch.randn(8, 8, generator=generator).double()
+    h, w = z.T @ z + 0.1 * torch.eye(8).double(), torch.randn(3, 8, generator=generator).double()
+    inverse = torch.linalg.inv(h)
+    path = eliminate(h, w.T, torch.arange(8)[:, None], 5)
+    shared = torch.ones(3, 8, dtype=torch.bool).index_fill(1, path.keep, False)
+    together = repair_jointly(w, inverse, shared)
+    torch.testing.assert_close(together[:, path.keep], path.solution.T)
+    rows = torch.stack([remove_jointly(row, inverse, path.order) for row in w])
+    torch.testing.assert_close(rows, together, atol=1e-8, rtol=1e-6)
+
+    gone = cheapest_pairs(w, inverse)
+    for row, mask in zip(w, gone, strict=True):
+        for group, chosen in ((range(0, 4), mask[:4]), (range(4, 8), mask[4:])):
+            prices = removal_costs(inverse, row[:, None], pairs + group.start)
+            assert pairs[prices.argmin()].tolist() == chosen.nonzero().flatten().tolist()
+    swept, jointly = ((new - w) @ h for new in (repair_by_sweep(w, inverse, gone), repair_jointly(w, inverse, gone)))
+    price = [(change @ inverse * change).sum() for change in (swept, jointly)]
+    assert price[0] > price[1], "in every other order of removal the passed columns stay as they are"
+    first_alone = torch.zeros(3, 8, dtype=torch.bool)
+    first_alone[:, 0] = True  # with everything still to come, the sweep is exact
+    alike = repair_by_sweep(w, inverse, first_alone)
+    torch.testing.assert_close(alike, repair_jointly(w, inverse, first_alone), atol=1e-8, rtol=1e-6)
 
 
 def test_scores_of_texts():
