@@ -53,6 +53,14 @@ RECIPES = {
     "exact greedy, both, residual": Recipe("exact greedy", "both, residual"),
     "recommended, uniform": replace(gh.RECOMMENDED, allocation="uniform"),
 }
+# The recommended recipe with one part exchanged.
+RECIPES |= {
+    "recommended, plain search": replace(gh.RECOMMENDED, criterion="exact greedy"),
+    "recommended, refits before and after": replace(gh.RECOMMENDED, remedy="both, residual"),
+    "recommended, own target": replace(gh.RECOMMENDED, remedy="post, local"),
+    "recommended, no repair": replace(gh.RECOMMENDED, remedy="none"),
+    "recommended, damping 0.01": replace(gh.RECOMMENDED, damp=0.01),
+}
 ON_OUR_PLAN = ("OSSCAR", "paper", "Wanda-sp", "output energy, no repair")
 RECIPES |= {f"{name}, on our plan": replace(RECIPES[name], allocation="loss prices") for name in ON_OUR_PLAN}
 TEMPERATURES = {f"recommended, influence {temperature:g}": temperature for temperature in (0.1, 0.3, 1.0)}
