@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
+import statistics
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from transformers import PreTrainedModel
 import greedy_helpers as gh
 from greedy_helpers.allocation import Plan, asked_parameters
 from greedy_helpers.data import calibration_tokens
+from greedy_helpers.data_free import self_generated_tokens
 from greedy_helpers.depth import block_influence, influence_shares, plan_of_shares, slope_shares
 from greedy_helpers.pruning import loss_prices
 from greedy_helpers.recipes import Recipe
@@ -76,25 +80,34 @@ def drop_blocks(model: PreTrainedModel, influence: list[float], ratio: float) ->
     return {"dropped": dropped} | shares
 
 
-def draw(found: dict, file: Path) -> None:
-    """Excess log-perplexity per recipe and unit, a dot per text."""
+def draw(found: dict, file: Path, ratio: float) -> None:
+    """Excess log-perplexity per recipe and unit at one ratio, a mark per text: the mean over seeds, a line from the
+    lowest to the highest. Of the calibration text that most rows were made with."""
     from matplotlib import pyplot as plt
 
     from greedy_helpers.course import plots
 
     plots.use_course_style()
-    rows = sorted(found["rows"], key=lambda row: -sum(row[text] for text in found["dense"]))
-    names = [f"{row['recipe']} ({'query' if row['unit'] == 'query' else 'KV'} heads)" for row in rows]
-    fig, ax = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained", facecolor="white")
+    by_name = {}
+    ((most, _),) = Counter((row["calibration"], row["windows"]) for row in found["rows"]).most_common(1)
+    for row in found["rows"]:
+        if (row["ratio"], row["calibration"], row["windows"]) == (ratio, *most):
+            name = f"{row['recipe']} ({'query' if row['unit'] == 'query' else 'KV'} heads)"
+            by_name.setdefault(name, []).append({t: math.log(row[t] / d) for t, d in found["dense"].items()})
+    names = sorted(by_name, key=lambda name: -statistics.mean(sum(row.values()) for row in by_name[name]))
+    fig, ax = plt.subplots(figsize=(8, 0.42 * len(names) + 1.2), layout="constrained", facecolor="white")
     for number, (text, dense) in enumerate(found["dense"].items()):
-        excess = [math.log(row[text] / dense) for row in rows]
-        ax.plot(excess, names, "os"[number], color=f"C{number}", label=f"{text} (dense perplexity {dense:.1f})")
-        for y, (x, row) in enumerate(zip(excess, rows, strict=True)):
-            ax.annotate(f"{row[text]:.0f}", (x, y), (0, 6 if number == 0 else -11), textcoords="offset points",
-                        ha="center", fontsize=8, color=f"C{number}")  # fmt: skip
+        for y, name in enumerate(names):
+            excess = [row[text] for row in by_name[name]]
+            mean, label = statistics.mean(excess), None if y else f"{text} (dense perplexity {dense:.1f})"
+            ax.plot([min(excess), max(excess)], [y, y], color=f"C{number}", linewidth=1)
+            ax.plot(mean, y, "os"[number], color=f"C{number}", label=label)
+            ax.annotate(f"{dense * math.exp(mean):.0f}", (mean, y), (0, 6 if number == 0 else -11), ha="center",
+                        textcoords="offset points", fontsize=8, color=f"C{number}")  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
     ax.set_xlim(0, 1.08 * ax.get_xlim()[1])
     ax.set_xlabel("excess loss, nats per token (the numbers: perplexity)")
-    fig.suptitle("SmolLM2-135M without a quarter of its blocks, no retraining", fontsize=13)
+    fig.suptitle(f"SmolLM2-135M without {ratio:.0%} of its blocks' parameters, no retraining", fontsize=13)
     ax.margins(y=0.12)
     ax.grid(axis="y", alpha=0.3)
     fig.legend(loc="outside lower center", ncols=2)
@@ -104,13 +117,13 @@ def draw(found: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="folder or name, as load_model takes it")
-    parser.add_argument("--calibration", help="text source")
+    parser.add_argument("--calibration", help="text source, or self-generated")
     parser.add_argument("--text", nargs="+", default=[], metavar="NAME=SOURCE", help="held-out text")
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--unit", nargs="+", choices=["query", "kv"], default=["query", "kv"])
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.25])
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--windows", type=int, default=160, help="of 256 calibration tokens")
+    parser.add_argument("--windows", nargs="+", type=int, default=[160], help="of 256 calibration tokens")
     parser.add_argument("--judged", type=int, default=32, help="windows of held-out tokens per text")
     parser.add_argument("--judged-seq", type=int, default=512, help="tokens of each")
     parser.add_argument("--threads", type=int, default=1)
@@ -119,18 +132,14 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     if args.picture:
-        return draw(json.loads(args.out.read_text()), args.picture)
+        return draw(json.loads(args.out.read_text()), args.picture, args.ratio[0])
     if not args.calibration or not args.text:
         parser.error("--calibration and --text are needed to measure")
     torch.set_num_threads(args.threads)
 
     dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
     held_out = HeldOut(tokenizer, args.text, args.judged, args.judged_seq)
-    settings = {
-        "calibration": f"{args.windows} random windows of 256 tokens",
-        **held_out.settings,
-        **machine("cpu"),
-    }
+    settings = {"calibration": "random windows of 256 tokens", **held_out.settings, **machine("cpu")}
     found = {"settings": settings, "dense": {}, "rows": []}
     if args.out.exists():
         found = json.loads(args.out.read_text())
@@ -141,28 +150,38 @@ def main() -> None:
         print(found["dense"], flush=True)
 
     prices, prices_took, influences = {}, {}, {}
-    for seed, ratio, unit, name in itertools.product(args.seed, args.ratio, args.unit, args.recipe):
-        key = {"recipe": name, "ratio": ratio, "unit": unit, "seed": seed}
+    text = "self-generated" if args.calibration == "self-generated" else Path(args.calibration).name
+
+    @functools.cache
+    def calibration_of(windows: int, seed: int) -> torch.Tensor:
+        if text == "self-generated":
+            return self_generated_tokens(dense, tokenizer, windows, 256, seed=seed)
+        return calibration_tokens(tokenizer, windows, 256, args.calibration, seed=seed)
+
+    for windows, seed, ratio, unit, name in itertools.product(
+        args.windows, args.seed, args.ratio, args.unit, args.recipe
+    ):
+        key = {"recipe": name, "ratio": ratio, "unit": unit, "calibration": text, "windows": windows, "seed": seed}
         if any(row.items() >= key.items() for row in found["rows"]):
             continue
-        calibration = calibration_tokens(tokenizer, args.windows, 256, args.calibration, seed=seed)
+        calibration, sample = calibration_of(windows, seed), (windows, seed)
         model, recipe, budget, spent = copy.deepcopy(dense), RECIPES[name], {"ratio": ratio}, {}
         modules = gh.depth2_modules(dense, unit=unit)
         if recipe and recipe.allocation == "loss prices":
-            if (seed, unit) not in prices:
+            if (*sample, unit) not in prices:
                 cpu = time.process_time()
-                prices[seed, unit] = loss_prices(dense, calibration, unit=unit, batch_size=16)
-                prices_took[seed, unit] = time.process_time() - cpu
-            budget = {"plan": gh.cost_plan(modules, prices[seed, unit], asked_parameters(modules, ratio))}
-            spent["cpu_seconds of the prices"] = prices_took[seed, unit]
+                prices[*sample, unit] = loss_prices(dense, calibration, unit=unit, batch_size=16)
+                prices_took[*sample, unit] = time.process_time() - cpu
+            budget = {"plan": gh.cost_plan(modules, prices[*sample, unit], asked_parameters(modules, ratio))}
+            spent["cpu_seconds of the prices"] = prices_took[*sample, unit]
         elif name in TEMPERATURES | SLOPES | {"blocks dropped": None}:
-            if seed not in influences:
-                influences[seed] = block_influence(dense, calibration, batch_size=16)
+            if sample not in influences:
+                influences[sample] = block_influence(dense, calibration, batch_size=16)
             if recipe:
-                budget = {"plan": depth_plan(name, modules, influences[seed], ratio)}
+                budget = {"plan": depth_plan(name, modules, influences[sample], ratio)}
         started, cpu = time.perf_counter(), time.process_time()
         if recipe is None:
-            done = drop_blocks(model, influences[seed], ratio)
+            done = drop_blocks(model, influences[sample], ratio)
         else:
             how = {"unit": unit, "batch_size": 16, "progress": False}
             report = gh.prune(model, calibration, recipe=recipe, **budget, **how)
@@ -175,7 +194,7 @@ def main() -> None:
         row |= {k: round(v, 1) for k, v in spent.items()} | {"load average": load_average()}
         print(row, flush=True)
         if args.save and recipe:
-            folder = args.save / f"{name}, {ratio:g}, {unit}, seed {seed}"
+            folder = args.save / ", ".join(f"{value}" for value in key.values())
             gh.save_pruned(model, folder, tokenizer, report=report, overwrite=True)
         found["rows"].append(row)
         save(found, args.out)

@@ -32,6 +32,8 @@ def output_fisher(
 ) -> dict[str, Tensor]:
     """The Fisher information of every module's output: module name -> G = E[g g'], float64 [d, d], per token.
 
+    The matrices lie in the computer's memory, wherever the model is.
+
     With e [d] the change of a module's output at one token, and g the gradient of a window's summed loss with respect
     to that output, the loss rises by 1/2 E[(g'e)^2] to second order, when the labels are drawn from the model itself:
     then g has mean zero, and E[g g'] is the Hessian's expectation (Gauss-Newton; Amari 1998, Martens 2020). If g and e
@@ -60,7 +62,7 @@ def output_fisher(
         for block, stream in walked:
             states.append(stream.hidden)
             stream.advance(block)
-    draws, sums = share_of(draws).split([len(hidden) for hidden in stream.hidden]), {}
+    draws, fishers = share_of(draws).split([len(hidden) for hidden in stream.hidden]), {}
     with eval_mode(model), asking_for_gradients(model.parameters(), False), torch.enable_grad():
         gradients = [
             stream.keep(_loss_gradient(partial(stream.head, place), hidden, draws[place]))
@@ -68,18 +70,18 @@ def output_fisher(
         ]
         for index in reversed(range(n_blocks)):
             with resident(model, index, stream.device) as block:
-                outputs = {module.name: module.level2.linear for module in depth2_modules(model, [index])}
+                outputs, totals = {m.name: m.level2.linear for m in depth2_modules(model, [index])}, {}
                 for place, hidden in enumerate(states.pop()):
                     leaf = hidden.to(stream.device).detach().requires_grad_()
-                    with _gradients(outputs, sums):
+                    with _gradients(outputs, totals):
                         output = stream.through(block, place, leaf, index)
                         output.backward(gradients[place].to(output.device))
                     gradients[place] = stream.keep(leaf.grad)
-    sums = {module.name: sums[module.name] for module in depth2_modules(model)}  # in the same order everywhere
-    all_sum(*sums.values())
-    for total in sums.values():  # in place: one matrix per module is a lot of a large model
-        total /= tokens.numel()
-    return sums
+            totals = {name: totals[name] for name in outputs}  # in the same order in every process
+            all_sum(*totals.values())
+            # Off the device: one matrix per module is a lot of a large model.
+            fishers |= {name: (total / tokens.numel()).cpu() for name, total in totals.items()}
+    return {module.name: fishers[module.name] for module in depth2_modules(model)}
 
 
 def _loss_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draws: Tensor) -> Tensor:
