@@ -1,6 +1,6 @@
 """When does a refit help? One FFN cut alone, refitted on more and on less text, judged on text of other documents.
 
-    python benchmarks/refit.py --model smollm2-135m --block 1 10 20 --calibration "C4=c4.jsonl[:800]" \
+    python benchmarks/refit.py --model smollm2-135m --block 1 10 11 20 --calibration "C4=c4.jsonl[:800]" \
         --text WikiText-2=wiki.test.raw "C4=c4.jsonl[800:1000]" --out data/results/smollm2_refit.json
     python benchmarks/refit.py ... --calibration prose=prose --windows 5 20 80    # the same cut, text of another kind
     python benchmarks/refit.py --model llama-mini --block 1 3 5 --calibration code=code --text code=code prose=prose \
@@ -202,7 +202,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="folder or name, as load_model takes it")
-    parser.add_argument("--block", nargs="+", type=int, default=[1, 10, 20])
+    parser.add_argument("--block", nargs="+", type=int, default=[1, 10, 11, 20])
     parser.add_argument("--calibration", required=True, metavar="NAME=SOURCE")
     parser.add_argument("--text", nargs="+", required=True, metavar="NAME=SOURCE", help="held-out text")
     parser.add_argument("--windows", nargs="+", type=int, default=[5, 20, 40, 80, 160, 320], help="of 256 tokens")
