@@ -12,6 +12,19 @@ def macs(d, heads, dim, width, seq, attention=1.0):
     return int(seq * (4 * d * heads * dim + 3 * d * width) + attention * 2 * seq * seq * heads * dim)
 
 
+def by_rounds(prices, parameters, budget, order=sorted):
+    """One unit after the other, without a list of all."""
+    left, removed = {name: order(own)[::-1] for name, own in prices.items()}, 0
+    while removed < budget:
+        open_to_all = [name for name, own in left.items() if len(own) > 1]
+        if not open_to_all:
+            raise ValueError("too much")
+        name = min(open_to_all, key=lambda name: left[name][-1] / parameters[name])
+        left[name].pop()
+        removed += parameters[name]
+    return {name: len(own) for name, own in left.items()}
+
+
 def runs(windows, run):
     return [tuple(r) for r in windows.unfold(1, run, 1).reshape(-1, run).tolist()]
 
@@ -135,13 +148,16 @@ ANSWERS = {
         (after(nb.remove_heads, 3, bias=torch.zeros(6)), "o.bias, which belongs to the outputs"),
         (lambda *a: nb.remove_heads(*a) or a[4].clear(), "changed the list of heads"),
     ],
-    "check_greedy_plan": [
+    "check_plan_by_price": [
+        by_rounds,
         (lambda *a: {"ffn 0": 3}, "Give an entry for each of"),
-        (lambda u, *_: dict.fromkeys(u, 0), "A module keeps a unit at least"),
-        (lambda u, *_: dict(u), "budget 1: .*Go on until the budget is reached"),
-        (lambda u, c, d, b: nb.greedy_plan(u, c, d, b // 2), "Go on until the budget is reached"),
-        (lambda u, c, d, b: nb.greedy_plan(u, c, {n: [x * c[n] for x in d[n]] for n in d}, b), "per parameter"),
-        (lambda *a: nb.greedy_plan(*a[:3], min(a[3], 244)), "expected a ValueError, found"),
+        (lambda p, *_: dict.fromkeys(p, 0), "A module keeps a unit at least"),
+        (lambda p, *_: {n: len(p[n]) for n in p}, "budget 1: .*Go on until the budget is reached"),
+        (lambda p, c, b: nb.plan_by_price(p, c, b // 2), "Go on until the budget is reached"),
+        (lambda p, c, b: nb.plan_by_price({n: [x * c[n] for x in p[n]] for n in p}, c, b), "per parameter"),
+        (lambda *a: by_rounds(*a, order=list), "The lists are in no order"),
+        (lambda p, c, b: nb.plan_by_price(p, c, min(b + 30, 244)), "budget 0: .*Stop as soon as"),
+        (lambda p, c, b: nb.plan_by_price(p, c, min(b, 244)), "expected a ValueError, found"),
     ],
     "check_block_macs": [
         (lambda *a: 2 * macs(*a), "floating point operations"),

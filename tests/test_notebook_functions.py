@@ -25,6 +25,7 @@ from greedy_helpers.criteria import removal_costs
 from greedy_helpers.evaluate import TextScore
 from greedy_helpers.greedy import eliminate
 from greedy_helpers.measure import ModulePasses
+from greedy_helpers.prices import output_fisher
 from greedy_helpers.reconstruct import refit
 from greedy_helpers.similarity import unit_divergence
 from greedy_helpers.structure import linears_of
@@ -36,6 +37,7 @@ def taken_from(stem, *names):
     """The functions of those names as the notebook defines them."""
     found = {"torch": torch, "math": math, "itertools": itertools, "gh": gh}
     found |= {"ModulePasses": ModulePasses, "n_removed": n_removed, "linears_of": linears_of}
+    found |= {"output_fisher": output_fisher}
     for cell in nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4).cells:
         # Only cells with one of the names are parsed: a cell may hold IPython's % and !.
         if cell.cell_type == "code" and any(f"def {name}(" in cell.source for name in names):
@@ -119,6 +121,30 @@ def test_the_pruning_loop(family):
     for (name, mine), theirs in zip(by_hand.named_parameters(), model.parameters(), strict=True):
         assert mine.shape == theirs.shape, name
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_prices_of_sets_and_their_order(family):
+    price_matrices, worst_first, nats_curves = taken_from("05_pruning", "price_matrices", "worst_first", "nats_curves")
+    model = tiny.tiny_model(family)
+    tokens = torch.randint(tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+    subject = SimpleNamespace(model=model, calibration=tokens, modules=gh.depth2_modules(model))
+    subject.scores, fisher = gh.scores_of(model, tokens, gh.second_moment), output_fisher(model, tokens)
+    subject.prices = price_matrices(subject)
+    curves, z = nats_curves(subject), {}
+    for m in subject.modules:
+        m.level2.linear.register_forward_pre_hook(lambda _, args, name=m.name: z.update({name: args[0].flatten(0, -2)}))
+    with torch.no_grad():
+        model(tokens)
+    for m in subject.modules:
+        left = m.n_units // 2 // m.n_sets * m.n_sets
+        gone = ~torch.isin(torch.arange(m.n_units), gh.keep_best(subject.scores[m.name], left, m.n_sets))
+        assert set(worst_first(subject, m).flatten()[: m.n_units - left].tolist()) == set(gone.nonzero()[:, 0].tolist())
+        channels = m.level2.index[gone].flatten()
+        e = z[m.name][:, channels] @ gh.weight_of(m.level2.linear)[:, channels].T
+        price = 0.5 * (fisher[m.name] * (e.T @ e / len(e))).sum()  # tr(G E[e e']) / 2
+        torch.testing.assert_close(subject.prices[m.name][gone][:, gone].sum(), price.detach())
+        assert curves[m.name][m.n_units - left - 1] >= price * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt"])

@@ -205,39 +205,49 @@ def check_remove_heads(remove_heads: Callable[..., Any]) -> str:
     return "correct: the output is the sum over the heads that stay"
 
 
-def check_greedy_plan(greedy_plan: Callable[..., Mapping[str, int]]) -> str:
-    """Notebook 05: `greedy_plan(units, cost, damage, budget)` -> units left, at least `budget` parameters removed.
+def check_plan_by_price(plan_by_price: Callable[..., Mapping[str, int]]) -> str:
+    """Notebook 05: `plan_by_price(prices, parameters, budget)` -> units left, at least `budget` parameters removed.
 
-    `damage[name][k]` is the damage of having removed k + 1 units of a module; its steps grow with k.
+    `prices[name]` are those of a module's units, in no order; `parameters[name]` goes with each of them.
     """
-    units = {"attention 0": 4, "ffn 0": 9, "attention 1": 4, "ffn 1": 9}
-    cost = {"attention 0": 30, "ffn 0": 4, "attention 1": 30, "ffn 1": 4}
-    # convex curves: every further unit hurts more than the one before
-    steps = {name: draw(n, (n,))[0].abs().sort().values * cost[name] for name, n in units.items()}
-    damage = {name: values.cumsum(0).tolist() for name, values in steps.items()}
+    parameters = {"attention 0": 30, "ffn 0": 4, "attention 1": 30, "ffn 1": 4}
+    values = draw(0, (4,), (9,), (4,), (9,))
+    prices = {name: (own.abs() * parameters[name]).tolist() for name, own in zip(parameters, values, strict=True)}
+    units = {name: len(own) for name, own in prices.items()}
 
     def removed(plan: Mapping[str, int]) -> int:
-        return sum((units[name] - left) * cost[name] for name, left in plan.items())
+        return sum((units[name] - left) * parameters[name] for name, left in plan.items())
 
-    def cheapest_first(cost: Mapping[str, int], budget: int) -> dict[str, int]:
-        """All steps in the order of their price; convex curves make that the order of each module, too."""
-        plan = dict(units)
-        for _, name in sorted((s / cost[name], name) for name, values in steps.items() for s in values[:-1].tolist()):
-            plan[name] -= removed(plan) < budget
+    def one_by_one(weight: Mapping[str, int], budget: int, as_listed: bool = False) -> dict[str, int]:
+        """The next unit of each module on offer, and the best of these offers taken, until the budget is met."""
+        left = {
+            name: own[::-1] if as_listed else sorted(own)[::-1] for name, own in prices.items()
+        }  # the last one next
+        while removed(plan := {name: len(own) for name, own in left.items()}) < budget:
+            name = min((n for n in left if len(left[n]) > 1), key=lambda n: left[n][-1] / weight[n])
+            left[name].pop()
         return plan
 
     most = removed(dict.fromkeys(units, 1))
     for budget in (0, 1, 60, 120, 200, most):
-        unpriced = cheapest_first(dict.fromkeys(units, 1), budget)
-        ask(f"greedy_plan, budget {budget}", greedy_plan, units, cost, damage, budget).must_be(
-            cheapest_first(cost, budget),
+        right = one_by_one(parameters, budget)
+        ask(f"plan_by_price, budget {budget}", plan_by_price, prices, parameters, budget).must_be(
+            right,
             (lambda plan: plan.keys() != units.keys(), f"Give an entry for each of {sorted(units)}"),
             (lambda plan: not all(1 <= plan[name] <= n for name, n in units.items()), "A module keeps a unit at least"),
             (lambda plan, budget=budget: removed(plan) < budget, "Go on until the budget is reached"),
-            (unpriced, "Compare the next step's damage *per parameter*: a head costs more than a channel"),
+            (
+                one_by_one(dict.fromkeys(units, 1), budget),
+                "Compare the price *per parameter*: a head is more than a channel",
+            ),
+            (
+                one_by_one(parameters, budget, as_listed=True),
+                "The lists are in no order: sort, the cheapest unit goes first",
+            ),
+            (lambda plan, right=right: removed(plan) > removed(right), "Stop as soon as the budget is reached"),
         )
-    refuses("more than can go, as every module keeps one unit", greedy_plan, units, cost, damage, most + 1)
-    return "correct: the budget goes where it costs least"
+    refuses("more than can go, as every module keeps one unit", plan_by_price, prices, parameters, most + 1)
+    return "correct: the budget goes where a parameter costs least"
 
 
 def check_block_macs(block_macs: Callable[[int, int, int, int, int], int]) -> str:
