@@ -61,6 +61,7 @@ RECIPES |= {
     "recommended, no repair": replace(gh.RECOMMENDED, remedy="none"),
     "recommended, damping 0.01": replace(gh.RECOMMENDED, damp=0.01),
 }
+MARKS = ("<!-- record: written by benchmarks/recipes.py -->", "<!-- end of record -->")
 ON_OUR_PLAN = ("OSSCAR", "paper", "Wanda-sp", "output energy, no repair")
 RECIPES |= {f"{name}, on our plan": replace(RECIPES[name], allocation="loss prices") for name in ON_OUR_PLAN}
 TEMPERATURES = {f"recommended, influence {temperature:g}": temperature for temperature in (0.1, 0.3, 1.0)}
@@ -89,7 +90,7 @@ def drop_blocks(model: PreTrainedModel, influence: list[float], ratio: float) ->
     return {"dropped": dropped} | shares
 
 
-def draw(found: dict, file: Path, ratio: float) -> None:
+def draw(found: dict, file: Path, ratio: float, recipes: list[str]) -> None:
     """Excess log-perplexity per recipe and unit at one ratio, a mark per text: the mean over seeds, a line from the
     lowest to the highest. Of the calibration text that most rows were made with."""
     from matplotlib import pyplot as plt
@@ -100,7 +101,7 @@ def draw(found: dict, file: Path, ratio: float) -> None:
     by_name = {}
     ((most, _),) = Counter((row["calibration"], row["windows"]) for row in found["rows"]).most_common(1)
     for row in found["rows"]:
-        if (row["ratio"], row["calibration"], row["windows"]) == (ratio, *most):
+        if (row["ratio"], row["calibration"], row["windows"]) == (ratio, *most) and row["recipe"] in recipes:
             name = f"{row['recipe']} ({'query' if row['unit'] == 'query' else 'KV'} heads)"
             by_name.setdefault(name, []).append({t: math.log(row[t] / d) for t, d in found["dense"].items()})
     names = sorted(by_name, key=lambda name: -statistics.mean(sum(row.values()) for row in by_name[name]))
@@ -123,6 +124,19 @@ def draw(found: dict, file: Path, ratio: float) -> None:
     fig.savefig(file, dpi=110)
 
 
+def lines_of(found: dict, ratio: float, recipes: list[str]) -> str:
+    """The README's lines: perplexity behind the cut, the mean of the losses over the calibration sets; query heads."""
+    texts = [*found["dense"]]
+    table = [[f"{ratio:.0%} removed, no retraining", *texts, "calibration sets"], ["---", *["---:"] * (len(texts) + 1)]]
+    table.append(["dense", *(f"{perplexity:.1f}" for perplexity in found["dense"].values()), ""])
+    for name in recipes:
+        key = {"recipe": name, "ratio": ratio, "unit": "query"}
+        rows = [row for row in found["rows"] if row.items() >= key.items()]
+        means = [math.exp(statistics.mean(math.log(row[text]) for row in rows)) for text in texts]
+        table.append([name, *(f"{mean:.1f}" for mean in means), str(len(rows))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="folder or name, as load_model takes it")
@@ -139,9 +153,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep every pruned model in a folder below")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--readme", type=Path, help="nothing is measured: the file's table is written again")
     args = parser.parse_args()
+    if args.readme:
+        before, rest = args.readme.read_text().split(MARKS[0])
+        lines = lines_of(json.loads(args.out.read_text()), args.ratio[0], args.recipe)
+        args.readme.write_text(f"{before}{MARKS[0]}\n{lines}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        return None
     if args.picture:
-        return draw(json.loads(args.out.read_text()), args.picture, args.ratio[0])
+        return draw(json.loads(args.out.read_text()), args.picture, args.ratio[0], args.recipe)
     if not args.calibration or not args.text:
         parser.error("--calibration and --text are needed to measure")
     torch.set_num_threads(args.threads)

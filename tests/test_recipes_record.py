@@ -60,3 +60,15 @@ def test_other_settings_do_not_share_a_file(script, monkeypatch, tmp_path):
         run(script, monkeypatch, out, "--recipe", "blocks dropped", "--judged-seq", 32)
     assert out.read_text() == before
     assert len(run(script, monkeypatch, out, "--recipe", "blocks dropped", "--windows", 4)["rows"]) == 2
+
+
+def test_the_readme_repeats_the_record(script, monkeypatch, tmp_path):
+    root = Path(__file__).parent.parent
+    readme = tmp_path / "README.md"
+    readme.write_text((root / "README.md").read_text())
+    recipes = ["recommended", "OSSCAR", "exact greedy, both, residual", "FLAP", "paper"]
+    asked = ["--out", root / "data/results/smollm2_recipes.json", "--readme", readme, "--recipe", *recipes]
+    monkeypatch.setattr(sys, "argv", ["recipes.py", *map(str, asked)])
+    script.main()
+    assert readme.read_text() == (root / "README.md").read_text()
+    assert all(f"| {name} | " in readme.read_text() for name in ("dense", *recipes))
