@@ -27,7 +27,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 
 demo: .venv/installed $(REAL)
 	$(BIN)/python notebooks/run.py notebooks/00_quickstart.ipynb --html reports
-	$(if $(REAL),,@echo "The same on a public model of 135 million parameters, in about 5 minutes: make demo MODEL=smollm2-135m")
+	$(if $(REAL),,@echo "The same on a public model of 135 million parameters, in about 4 minutes: make demo MODEL=smollm2-135m")
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope
