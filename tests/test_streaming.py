@@ -356,7 +356,7 @@ def test_a_pruned_model_runs_offloaded(name, tmp_path):
 def test_the_gpu_benchmark_runs_anywhere(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     found = importlib.import_module("gpu").main(["--shape", "tiny", "--device", "cpu", "--layers", "7", "--seq", "16"])
-    for run in ("paper", "recommended"):
+    for run in importlib.import_module("gpu").RUNS:
         rows = {row["stage"]: row for row in found["rows"] if row["run"] == run}
         assert rows["total"]["blocks pruned"] == 1
         assert sum(row["seconds"] for name, row in rows.items() if name != "total") == pytest.approx(
