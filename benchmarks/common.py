@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import os
 import platform
 from pathlib import Path
@@ -61,3 +63,28 @@ class HeldOut:
 def save(found: dict, out: Path) -> None:
     """Replaces the file at once, one row per line: a run that is stopped leaves a whole file behind."""
     replace_file(out, lambda partial: partial.write_text(rows_as_json(found)))
+
+
+class Record:
+    """A file of results: the rows that it has, and new ones, saved at once, so that a stopped run goes on.
+
+    Attributes:
+        found: the file's content: settings, rows, and what else `fresh` holds.
+    """
+
+    def __init__(self, out: Path, fresh: dict, parser: argparse.ArgumentParser) -> None:
+        """`fresh` is what a new file begins with. An old one with other settings is refused, through the parser."""
+        self.out, self.found = out, {**fresh, "rows": []}
+        if out.exists():
+            self.found = json.loads(out.read_text())
+            if (old := self.found["settings"]) != fresh["settings"]:
+                parser.error(f"{out} was measured with {old}, not {fresh['settings']}; name another file")
+
+    def known(self, **key: object) -> dict | None:
+        """The row with these entries."""
+        return next((row for row in self.found["rows"] if row.items() >= key.items()), None)
+
+    def add(self, row: dict) -> None:
+        print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
+        self.found["rows"].append(row)
+        save(self.found, self.out)

@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import HeldOut, digest, load_average, machine, save
+from common import HeldOut, Record, digest, load_average, machine
 from transformers import PreTrainedModel
 
 import greedy_helpers as gh
@@ -90,20 +90,24 @@ def drop_blocks(model: PreTrainedModel, influence: list[float], ratio: float) ->
     return {"dropped": dropped} | shares
 
 
+def shown(found: dict, ratio: float, recipes: list[str]) -> list[dict]:
+    """Rows for a picture or a table: of the calibration text, in kind and size, that most rows were made with."""
+    ((most, _),) = Counter((row["calibration"], row["windows"]) for row in found["rows"]).most_common(1)
+    wanted = [row for row in found["rows"] if (row["calibration"], row["windows"]) == most]
+    return [row for row in wanted if row["ratio"] == ratio and row["recipe"] in recipes]
+
+
 def draw(found: dict, file: Path, ratio: float, recipes: list[str]) -> None:
-    """Excess log-perplexity per recipe and unit at one ratio, a mark per text: the mean over seeds, a line from the
-    lowest to the highest. Of the calibration text that most rows were made with."""
+    """Excess log-perplexity per recipe and unit, a mark per text: the mean over seeds, a line lowest to highest."""
     from matplotlib import pyplot as plt
 
     from greedy_helpers.course import plots
 
     plots.use_course_style()
     by_name = {}
-    ((most, _),) = Counter((row["calibration"], row["windows"]) for row in found["rows"]).most_common(1)
-    for row in found["rows"]:
-        if (row["ratio"], row["calibration"], row["windows"]) == (ratio, *most) and row["recipe"] in recipes:
-            name = f"{row['recipe']} ({'query' if row['unit'] == 'query' else 'KV'} heads)"
-            by_name.setdefault(name, []).append({t: math.log(row[t] / d) for t, d in found["dense"].items()})
+    for row in shown(found, ratio, recipes):
+        name = f"{row['recipe']} ({'query' if row['unit'] == 'query' else 'KV'} heads)"
+        by_name.setdefault(name, []).append({t: math.log(row[t] / d) for t, d in found["dense"].items()})
     names = sorted(by_name, key=lambda name: -statistics.mean(sum(row.values()) for row in by_name[name]))
     fig, ax = plt.subplots(figsize=(8, 0.42 * len(names) + 1.2), layout="constrained", facecolor="white")
     for number, (text, dense) in enumerate(found["dense"].items()):
@@ -130,8 +134,7 @@ def lines_of(found: dict, ratio: float, recipes: list[str]) -> str:
     table = [[f"{ratio:.0%} removed, no retraining", *texts, "calibration sets"], ["---", *["---:"] * (len(texts) + 1)]]
     table.append(["dense", *(f"{perplexity:.1f}" for perplexity in found["dense"].values()), ""])
     for name in recipes:
-        key = {"recipe": name, "ratio": ratio, "unit": "query"}
-        rows = [row for row in found["rows"] if row.items() >= key.items()]
+        rows = [row for row in shown(found, ratio, [name]) if row["unit"] == "query"]
         means = [math.exp(statistics.mean(math.log(row[text]) for row in rows)) for text in texts]
         table.append([name, *(f"{mean:.1f}" for mean in means), str(len(rows))])
     return "\n".join(f"| {' | '.join(line)} |" for line in table)
@@ -169,11 +172,8 @@ def main() -> None:
     dense, tokenizer = gh.load_model(args.model, "cpu", torch.float32)
     held_out = HeldOut(tokenizer, args.text, args.judged, args.judged_seq)
     settings = {"calibration": "random windows of 256 tokens", **held_out.settings, **machine("cpu")}
-    found = {"settings": settings, "dense": {}, "rows": []}
-    if args.out.exists():
-        found = json.loads(args.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{args.out} was measured with {found['settings']}, not {settings}; name another file")
+    record = Record(args.out, {"settings": settings, "dense": {}}, parser)
+    found = record.found
     if not found["dense"]:
         found["dense"] = held_out.perplexities(dense)
         print(found["dense"], flush=True)
@@ -206,7 +206,7 @@ def main() -> None:
         args.windows, args.seed, args.ratio, args.unit, args.recipe
     ):
         key = {"recipe": name, "ratio": ratio, "unit": unit, "calibration": text, "windows": windows, "seed": seed}
-        if any(row.items() >= key.items() for row in found["rows"]):
+        if record.known(**key):
             continue
         calibration, sample = calibration_of(windows, seed), (windows, seed)
         model, recipe, budget, spent = copy.deepcopy(dense), RECIPES[name], {"ratio": ratio}, {}
@@ -235,12 +235,10 @@ def main() -> None:
         row = key | (RECIPES[name].names if recipe else {}) | held_out.perplexities(model) | done
         row |= {"calibration tokens, sha256": digest(calibration)}
         row |= {k: round(v, 1) for k, v in spent.items()} | {"load average": load_average()}
-        print(row, flush=True)
         if args.save and recipe:
             folder = args.save / ", ".join(f"{value}" for value in key.values())
             gh.save_pruned(model, folder, tokenizer, report=report, overwrite=True)
-        found["rows"].append(row)
-        save(found, args.out)
+        record.add(row)
 
 
 if __name__ == "__main__":

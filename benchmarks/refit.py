@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from common import HeldOut, digest, machine, save
+from common import HeldOut, Record, digest, machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -45,22 +44,6 @@ ALL, NO_FIRST, CLIPPED = "all", "without the first of each window", "clipped"
 DAMPS = {ALL: (1e-4, 1e-2, 1e-1, 1.0, 10.0, HELD_OUT), NO_FIRST: (1e-2, HELD_OUT), CLIPPED: (1e-2, HELD_OUT)}
 # (windows, tokens, damping) of the rows that run the rest of the model
 RUN = {*itertools.product((20, 80, 320), (ALL,), (1e-2, HELD_OUT)), (80, NO_FIRST, 1e-2), (80, CLIPPED, 1e-2)}
-
-
-class Record:
-    """The file: the rows it has, and new ones, which are saved at once."""
-
-    def __init__(self, found: dict, out: Path) -> None:
-        self.found, self.out = found, out
-
-    def known(self, **key: object) -> dict | None:
-        """The row with these entries."""
-        return next((row for row in self.found["rows"] if row.items() >= key.items()), None)
-
-    def add(self, row: dict) -> None:
-        print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
-        self.found["rows"].append(row)
-        save(self.found, self.out)
 
 
 class Judge:
@@ -223,11 +206,8 @@ def main() -> None:
         **held_out.settings,
         **machine("cpu"),
     }
-    found = {"settings": settings, "calibration": {}, "rows": []}
-    if args.out.exists():
-        found = json.loads(args.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{args.out} was measured with {found['settings']}, not {settings}; name another file")
+    record = Record(args.out, {"settings": settings, "calibration": {}}, parser)
+    found = record.found
     name, source = args.calibration.split("=", 1)
     sizes = sorted(args.windows)
     calibration = calibration_tokens(tokenizer, sizes[-1], SEQ, source)
@@ -235,7 +215,6 @@ def main() -> None:
     if found["calibration"].setdefault(name, sample) != sample:
         parser.error(f"{args.out} has {name} calibrated on {found['calibration'][name]}, not {sample}")
 
-    record = Record(found, args.out)
     if not record.known(norms=len(blocks_of(model))):
         found["rows"] = [row for row in found["rows"] if "norms" not in row]
         for row in norm_rows(model, next(iter(held_out.texts.values()))[::4]):
