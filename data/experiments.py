@@ -1,10 +1,10 @@
 """Measure what the notebooks plot: each experiment fills one file of data/results. A killed run goes on when repeated.
 
 python data/experiments.py criteria        # notebook 04: every criterion, nothing repaired
-python data/experiments.py recovery        # notebook 09: the main recipes, three calibration sets
-python data/experiments.py grid            # notebook 09: three calibration sets of code alone; criteria times remedies
-python data/experiments.py comparison      # notebook 08: criteria times remedies, three ratios, three calibration sets
-python data/experiments.py choices         # notebook 08: multiple choice, main recipes, three calibration sets
+python data/experiments.py recovery        # notebook 08: the main recipes, three calibration sets
+python data/experiments.py grid            # notebook 08: three calibration sets of code alone; criteria times remedies
+python data/experiments.py comparison      # notebook 09: criteria times remedies, three ratios, three calibration sets
+python data/experiments.py choices         # notebook 09: multiple choice, main recipes, three calibration sets
 
 --models restricts the last two, which write a file per model, so that two processes can share the work.
 
@@ -40,7 +40,7 @@ def criteria() -> None:
 
 
 def recovery() -> None:
-    """Notebook 09: recipes at 25 and 50%, calibration sets that hold both kinds of text."""
+    """Notebook 08: recipes at 25 and 50%, calibration sets that hold both kinds of text."""
     settings = Settings(evaluation=24, source="code+prose")
     recipes = [
         *(floor("second moment", remedy) for remedy in ("none", "pre", "both, residual")),
@@ -74,7 +74,7 @@ def grid() -> None:
 
 
 def comparison(models: Sequence[str] = MODELS) -> None:
-    """Notebook 08: criteria times remedies at 20, 25 and 50%, three calibration sets of both kinds of text."""
+    """Notebook 09: criteria times remedies at 20, 25 and 50%, three calibration sets of both kinds of text."""
     settings = Settings(calibration=16, evaluation=16, source="code+prose")
     criteria = "random|L2|Wanda-sp|FLAP WIFV|Taylor mix|second moment|output energy|exact greedy".split("|")
     remedies = ("none", "bias", "pre", "both, residual")
@@ -85,7 +85,7 @@ def comparison(models: Sequence[str] = MODELS) -> None:
 
 
 def choices(models: Sequence[str] = MODELS) -> None:
-    """Notebook 08: multiple choice beside perplexity for the main recipes, three calibration sets."""
+    """Notebook 09: multiple choice beside perplexity for the main recipes, three calibration sets."""
     settings = Settings(calibration=16, evaluation=16, source="code+prose")
     recipes = [floor("random", "none"), floor("second moment", "none"), PAPER, FLAP, floor()]
     for seed in SEEDS:  # about fifteen minutes per model on one core

@@ -1,12 +1,11 @@
-"""Colab badges: a line on top of each notebook's first cell that opens it in Colab.
+"""Where this repository lies on GitHub: Colab badges on the notebooks, and the address in their set-up cells.
 
-    python notebooks/badges.py               # insert or update them in all notebooks
-    python notebooks/badges.py --check       # say which lack one or have an old one; exit code 1 if any
-    python notebooks/badges.py --remove
-    python notebooks/badges.py --repository https://github.com/you/your-fork    # move there: every file that names it
+    python notebooks/badges.py --repository https://github.com/you/your-fork    # every file that names the address
+    python notebooks/badges.py               # badges as the address in pyproject.toml says: none while there is none
+    python notebooks/badges.py --check       # say which notebooks are not so; exit code 1 if any
 
-The address is the repository's in pyproject.toml. Nothing but the badge's line changes, outputs included. Afterwards
-`make exercises` brings the exercise editions up to date.
+Nothing else in a notebook changes, outputs included. Afterwards `make exercises` brings the exercise editions up to
+date.
 """
 
 from __future__ import annotations
@@ -22,12 +21,16 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 BRANCH = "main"
+_URL = re.compile(r'\n\[project\.urls\]\nRepository = "[^"]*"\n')
+_CODE = re.compile(r"^repository-code: .*\n", re.MULTILINE)
+_SETUP = re.compile(r'^REPOSITORY = "[^"]*"', re.MULTILINE)
 _BADGE = re.compile(r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]\([^)]*\)\n+")
 
 
-def repository(root: Path = ROOT) -> str:
-    """The repository's address, from pyproject.toml: the one place that names it."""
-    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+def repository(root: Path = ROOT) -> str | None:
+    """The repository's address, from pyproject.toml; None while nobody has said where it lies."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project.get("urls", {}).get("Repository")
 
 
 def badge(path: str, address: str) -> str:
@@ -56,8 +59,8 @@ def without_badge(source: str) -> str:
     return _BADGE.sub("", source, count=1) if has_badge(source) else source
 
 
-def changed(path: Path, remove: bool = False, address: str | None = None, root: Path = ROOT) -> str | None:
-    """The new text of the notebook's file, or None if it is as it should be.
+def changed(path: Path, address: str | None, root: Path = ROOT) -> str | None:
+    """The new text of the notebook's file, for the repository at `address` or none; or None if it is as it should be.
 
     Raises:
         ValueError: the notebook does not begin with a markdown cell.
@@ -68,44 +71,43 @@ def changed(path: Path, remove: bool = False, address: str | None = None, root: 
     if first.cell_type != "markdown":
         raise ValueError(f"{path}: expected a markdown cell on top, found a {first.cell_type} cell")
     place = path.resolve().relative_to(root).as_posix()
-    wanted = without_badge(first.source) if remove else with_badge(first.source, place, address or repository())
-    if first.source == wanted:
-        return None
-    first.source = wanted
-    return nbformat.writes(notebook, version=4) + "\n"
+    first.source = with_badge(first.source, place, address) if address else without_badge(first.source)
+    for cell in notebook.cells:
+        if "setup" in cell.metadata.get("tags", []):
+            cell.source = _SETUP.sub(f'REPOSITORY = "{address or ""}"', cell.source)
+    new = nbformat.writes(notebook, version=4) + "\n"
+    return new if new != old else None
 
 
-def move(address: str, root: Path = ROOT) -> list[Path]:
-    """Replace the repository's address in pyproject.toml and in every file that repeats it; the files changed.
+def move(address: str, root: Path = ROOT) -> None:
+    """Write the repository's address into pyproject.toml and CITATION.cff.
 
     Raises:
         ValueError: see :func:`badge`; nothing has been written then.
     """
     badge("notebooks", address)
-    old = repository(root)
-    names = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "README.md")
-    places = [*(root / name for name in names), *sorted((root / "notebooks").glob("[0-9]*.ipynb"))]
-    found = [path for path in places if path.is_file() and old in path.read_text(encoding="utf-8")]
-    for path in found:
-        path.write_text(path.read_text(encoding="utf-8").replace(old, address.rstrip("/")), encoding="utf-8")
-    return found
+    address = address.rstrip("/")
+    for name, known, line in (
+        ("pyproject.toml", _URL, f'\n[project.urls]\nRepository = "{address}"\n'),
+        ("CITATION.cff", _CODE, f"repository-code: {address}\n"),
+    ):
+        path = root / name
+        path.write_text(known.sub("", path.read_text(encoding="utf-8")) + line, encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--remove", action="store_true")
-    parser.add_argument("--repository", metavar="ADDRESS", help="move to this address on GitHub first")
+    parser.add_argument("--repository", metavar="ADDRESS", help="the repository lies at this address on GitHub")
     args = parser.parse_args()
     if args.repository:
         try:
-            for path in move(args.repository):
-                print(f"{path.relative_to(ROOT)}: names {args.repository}")
+            move(args.repository)
         except ValueError as error:
             parser.error(str(error))
     stale = False
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        text = changed(path, args.remove)
+        text = changed(path, repository())
         if text is None:
             continue
         stale = True

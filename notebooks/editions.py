@@ -17,7 +17,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
-from badges import has_badge, repository, with_badge
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).resolve().parent
@@ -95,8 +94,7 @@ def edition(notebook: NotebookNode, name: str, others: Collection[str] = ()) -> 
             cell.source = _LINK.sub(from_below, cell.source)
             for here, there in _WORDING.items():
                 cell.source = cell.source.replace(here, there)
-            if has_badge(old.source):
-                cell.source = with_badge(cell.source, f"notebooks/{TARGET.name}/{name}", repository())
+            cell.source = cell.source.replace(f"/notebooks/{name})", f"/notebooks/{TARGET.name}/{name})")  # the badge
         if is_solution(old):
             if task is None:
                 raise ValueError(f"{name}: expected **1 · Name** in front of the solution in cell {old.id}, found none")

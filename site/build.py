@@ -16,13 +16,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 sys.path.append(str(ROOT / "notebooks"))
-from badges import without_badge  # noqa: E402 - a script beside the notebooks, which know what a badge looks like
+from badges import BRANCH, repository, without_badge  # noqa: E402 - a script beside the notebooks
 
 BUILD = ROOT / "build" / "site"
 RECORDED = ROOT / "data" / "results" / "notebooks.json"  # by `make notebooks`
@@ -52,7 +51,7 @@ def nested_modules() -> dict[str, Path]:
 def page_of(notebook: dict) -> dict:
     """The notebook as a page: set-up and solutions folded, pictures described, no badge.
 
-    What JupyterLab folds by metadata, the page folds by tags; it has a button of its own that opens Colab.
+    What JupyterLab folds by metadata, the page folds by tags; once the repository has an address it has a button of its own that opens Colab.
     """
     for cell in notebook["cells"]:
         metadata = cell["metadata"]
@@ -141,8 +140,15 @@ def reference_index(names: list[str]) -> str:
 
 
 def configuration() -> str:
-    address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
-    return (SITE / "_config.yml").read_text(encoding="utf-8") + f"repository:\n  url: {address}\n  branch: main\n"
+    """Of the book; with buttons that lead to the repository and to Colab as soon as its address is known."""
+    address, config = repository(), (SITE / "_config.yml").read_text(encoding="utf-8")
+    if address is None:
+        return config
+    buttons = "html:\n  use_repository_button: true\n  use_issues_button: true\n"
+    return config.replace("html:\n", buttons) + (
+        f"repository:\n  url: {address}\n  branch: {BRANCH}\n"
+        "launch_buttons:\n  colab_url: https://colab.research.google.com\n"
+    )
 
 
 def mathjax() -> Path | None:

@@ -85,7 +85,7 @@ def test_units_left():
 
 
 def test_greedy_elimination():
-    _, greedy_keep = taken_from("09_beyond_the_paper", "downdate", "greedy_keep")
+    _, greedy_keep = taken_from("08_beyond_the_paper", "downdate", "greedy_keep")
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(30, 9, generator=generator).double() @ torch.randn(9, 9, generator=generator).double()
@@ -256,7 +256,7 @@ def test_joint_removal():
 
 
 def test_scores_of_texts():
-    bits_per_byte, bootstrap_error = taken_from("08_comparison", "bits_per_byte", "bootstrap_error")
+    bits_per_byte, bootstrap_error = taken_from("09_comparison", "bits_per_byte", "bootstrap_error")
     generator = torch.Generator().manual_seed(0)
     texts = ["plain", "häßlich", "日本語の文"]
     losses = [torch.rand(n, generator=generator).double() for n in (4, 9, 2)]
@@ -268,7 +268,7 @@ def test_scores_of_texts():
 
 
 def test_mcnemar():
-    (mcnemar,) = taken_from("08_comparison", "mcnemar")
+    (mcnemar,) = taken_from("09_comparison", "mcnemar")
     generator = torch.Generator().manual_seed(0)
     for share in (0.0, 0.1, 0.5):
         a = torch.rand(60, generator=generator) < 0.6

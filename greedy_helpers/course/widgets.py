@@ -149,7 +149,7 @@ def tau_explorer(
 
 
 def ratio_explorer(table: pd.DataFrame, dense: float | None = None, *, start: float = 0.25) -> Explorer:
-    """Recorded perplexities of several recipes, as the share of removed units moves (notebooks 05 and 08).
+    """Recorded perplexities of several recipes, as the share of removed units moves (notebooks 05 and 09).
 
     The slider stops at recorded ratios only: nothing is interpolated.
 

@@ -1,4 +1,4 @@
-"""Checkers of notebooks 07 to 09: data-free calibration, comparing, beyond the paper."""
+"""Checkers of notebooks 07 to 08: data-free calibration, comparing, beyond the paper."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_sigma_of_random_ids(sigma_of_random_ids: Callable[[Tensor], Tensor]) -
 
 
 def check_bits_per_byte(bits_per_byte: Callable[[Tensor, str], float]) -> str:
-    """Notebook 08: `bits_per_byte(losses, text)`: nats of every token of `text` -> bits per byte of its UTF-8."""
+    """Notebook 09: `bits_per_byte(losses, text)`: nats of every token of `text` -> bits per byte of its UTF-8."""
     for text, n_bytes in (("abcdefgh", 8), ("äöü€", 9)):
         bits = 4 / math.log(2)
         right = bits / n_bytes
@@ -70,7 +70,7 @@ def check_bits_per_byte(bits_per_byte: Callable[[Tensor, str], float]) -> str:
 
 
 def check_bootstrap_error(bootstrap_error: Callable[[Tensor, Tensor], float]) -> str:
-    """Notebook 08: `bootstrap_error(nats, targets)` per document -> standard error of the loss per token."""
+    """Notebook 09: `bootstrap_error(nats, targets)` per document -> standard error of the loss per token."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(20, 400, (40,), generator=generator)
     nats = targets * (3 + torch.randn(40, generator=generator, dtype=torch.float64))
@@ -95,7 +95,7 @@ def check_bootstrap_error(bootstrap_error: Callable[[Tensor, Tensor], float]) ->
 
 
 def check_mcnemar(mcnemar: Callable[[Tensor, Tensor], tuple[int, int, float]]) -> str:
-    """Notebook 08: `mcnemar(a, b)`, bool [items] -> (only a right, only b right, two-sided exact p)."""
+    """Notebook 09: `mcnemar(a, b)`, bool [items] -> (only a right, only b right, two-sided exact p)."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.rand(60, generator=generator) < 0.7, torch.rand(60, generator=generator) < 0.45
     same = torch.ones(5, dtype=torch.bool)
@@ -124,7 +124,7 @@ def check_mcnemar(mcnemar: Callable[[Tensor, Tensor], tuple[int, int, float]]) -
 
 
 def check_pareto_front(pareto_front: Callable[..., Sequence[int]]) -> str:
-    """Notebook 08: `pareto_front(points)`: positions of the (cost, loss) pairs that no other dominates, ascending."""
+    """Notebook 09: `pareto_front(points)`: positions of the (cost, loss) pairs that no other dominates, ascending."""
     for what, points, right, hint in (
         ("three in a row", [(1, 3.0), (2, 2.0), (3, 1.0)], [0, 1, 2], "Nobody is dominated"),
         ("one inside", [(1, 3.0), (2, 3.5), (3, 1.0)], [0, 2], "The second is dearer and worse than the first"),
@@ -159,7 +159,7 @@ _RUN = {
 
 
 def check_comparable(comparable: Callable[[dict, dict], bool]) -> str:
-    """Notebook 08: `comparable(one, other)`, two runs with their settings -> may their numbers be compared?"""
+    """Notebook 09: `comparable(one, other)`, two runs with their settings -> may their numbers be compared?"""
     magnitude = {"calibration": None, "calibration text": None}
     for change, of_both, right, why in (
         ({}, {}, True, "the same settings"),
@@ -207,7 +207,7 @@ def _solved_again(z: Tensor, y: Tensor, channels: Sequence[int]) -> tuple[Tensor
 
 
 def check_removal_cost(removal_cost: Callable[[Tensor, Tensor, int], Tensor]) -> str:
-    """Notebook 09: `removal_cost(h, b, j)` -> the rise of the error when channel j goes and the rest is refitted."""
+    """Notebook 08: `removal_cost(h, b, j)` -> the rise of the error when channel j goes and the rest is refitted."""
     z, y, h, b = _problem(0)
     hint = "That is the cost when nobody is refitted. Divide by an entry of the inverse of H, do not multiply by H's"
     for j in range(6):
@@ -223,7 +223,7 @@ def check_removal_cost(removal_cost: Callable[[Tensor, Tensor, int], Tensor]) ->
 
 
 def check_downdate(downdate: Callable[..., tuple[Tensor, Tensor]]) -> str:
-    """Notebook 09: `downdate(inverse, b, g)` -> H^-1 and B on the channels that are left when `g` go."""
+    """Notebook 08: `downdate(inverse, b, g)` -> H^-1 and B on the channels that are left when `g` go."""
     z, y, h, b = _problem(1)
     inverse = torch.linalg.inv(h)
     for g in (torch.tensor([2]), torch.tensor([4, 1])):
@@ -243,7 +243,7 @@ def check_downdate(downdate: Callable[..., tuple[Tensor, Tensor]]) -> str:
 
 
 def check_residual_refit(residual_refit: Callable[..., Tensor]) -> str:
-    """Notebook 09: `residual_refit(z, y, x, x_hat, w0, lam)` -> W [d, channels] that also repairs the stream."""
+    """Notebook 08: `residual_refit(z, y, x, x_hat, w0, lam)` -> W [d, channels] that also repairs the stream."""
     z, x, w0, error, noise = draw(2, (50, 4), (50, 3), (3, 4), (4, 3), (50, 3))
     x_hat, y = x + 0.5 * z @ error, z @ w0.T + noise
     lacks = x - x_hat
@@ -258,7 +258,7 @@ def check_residual_refit(residual_refit: Callable[..., Tensor]) -> str:
 
 
 def check_greedy_keep(greedy_keep: Callable[[Tensor, Tensor, int], Tensor]) -> str:
-    """Notebook 09: `greedy_keep(h, b, n_keep)` -> sorted channels that survive the backward elimination."""
+    """Notebook 08: `greedy_keep(h, b, n_keep)` -> sorted channels that survive the backward elimination."""
     for seed, n_keep in ((5, 5), (3, 3), (4, 2), (6, 6)):
         z, y, h, b = _problem(seed)
         left = list(range(6))
@@ -279,7 +279,7 @@ def check_greedy_keep(greedy_keep: Callable[[Tensor, Tensor, int], Tensor]) -> s
 
 
 def check_rising_prices(rising_prices: Callable[[Sequence[float]], Sequence[float]]) -> str:
-    """Notebook 09: `rising_prices(prices)` -> the nearest sequence that never falls (pool adjacent violators)."""
+    """Notebook 08: `rising_prices(prices)` -> the nearest sequence that never falls (pool adjacent violators)."""
     for prices in ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [1.0, 5.0, 3.0, 1.0, 9.0], [4.0, 3.0, 2.0, 1.0], [2.0], []):
         what, total, ends = f"rising_prices({prices})", sum(prices), range(1, len(prices) + 1)
         found = call(what, rising_prices, prices)
