@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 import greedy_helpers as gh
 from greedy_helpers.allocation import Plan, asked_parameters
+from greedy_helpers.course import scoreboard
 from greedy_helpers.data import calibration_tokens
 from greedy_helpers.data_free import self_generated_tokens
 from greedy_helpers.depth import block_influence, influence_shares, plan_of_shares, slope_shares
@@ -43,13 +44,8 @@ from greedy_helpers.prices import loss_metric
 from greedy_helpers.recipes import Recipe
 from greedy_helpers.structure import Depth2Module, blocks_of
 
-RECIPES = {
-    "recommended": gh.RECOMMENDED,
-    "OSSCAR": gh.OSSCAR,
-    "paper": Recipe("second moment", "pre"),
-    "FLAP": gh.FLAP,
-    "Wanda-sp": Recipe("Wanda-sp", "none"),
-    "output energy, no repair": Recipe("output energy", "none"),
+RECIPES = {line.name: line.recipe for line in scoreboard.LINES}
+RECIPES |= {
     "exact greedy, both, residual": Recipe("exact greedy", "both, residual"),
     "recommended, uniform": replace(gh.RECOMMENDED, allocation="uniform"),
 }
@@ -211,6 +207,10 @@ def main() -> None:
         calibration, sample = calibration_of(windows, seed), (windows, seed)
         model, recipe, budget, spent = copy.deepcopy(dense), RECIPES[name], {"ratio": ratio}, {}
         modules = gh.depth2_modules(dense, unit=unit)
+        if name == "similar heads first":
+            model.set_attn_implementation("eager")
+        if name == "random units":
+            recipe = replace(recipe, criterion=functools.partial(gh.random_scores, seed=seed))
         if recipe and "loss" in recipe.names["criterion"] + recipe.names["allocation"]:
             metric, spent["cpu_seconds of the metric"] = metric_of(*sample)
             if recipe.criterion == "exact greedy, loss metric":

@@ -51,7 +51,8 @@ def nested_modules() -> dict[str, Path]:
 def page_of(notebook: dict) -> dict:
     """The notebook as a page: set-up and solutions folded, pictures described, no badge.
 
-    What JupyterLab folds by metadata, the page folds by tags; once the repository has an address it has a button of its own that opens Colab.
+    What JupyterLab folds by metadata, the page folds by tags; once the repository has an
+    address it has a button of its own that opens Colab.
     """
     for cell in notebook["cells"]:
         metadata = cell["metadata"]
