@@ -25,6 +25,8 @@ _METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "n
 # Relative links to files; `a[i](x)` in code is none.
 _LINK = re.compile(r'(\]\(|(?:src|href)=")([\w./-]+\.(?:ipynb|md|py|json|toml|png|svg|html))(?=[)"#])')
 _TASK = re.compile(r"\*\*(\d+ · [^*]+)\*\*")
+# The line on top that leads here.
+_LEADS_HERE = re.compile(r"^\*\*Work in the \[exercise edition\].*\n+", re.MULTILINE)
 # What the notebook says to a reader of the solutions, and what it says here.
 _WORDING = {"he solution is the folded cell below the task": "he stub below each task is for your answer"}
 
@@ -91,7 +93,7 @@ def edition(notebook: NotebookNode, name: str, others: Collection[str] = ()) -> 
             cell.outputs, cell.execution_count = [], None
         else:
             task = (_TASK.findall(old.source) or [task])[-1]
-            cell.source = _LINK.sub(from_below, cell.source)
+            cell.source = _LINK.sub(from_below, _LEADS_HERE.sub("", cell.source))
             for here, there in _WORDING.items():
                 cell.source = cell.source.replace(here, there)
             cell.source = cell.source.replace(f"/notebooks/{name})", f"/notebooks/{TARGET.name}/{name})")  # the badge

@@ -3,6 +3,7 @@
 nbval executes the notebooks; this file looks at how they were saved.
 """
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -78,6 +79,7 @@ def test_it_checks_what_it_claims(path):
 
 
 TASK = re.compile(r"\*\*(\d+) · [^*]+\*\* \*\((?:optional, )?(?:easy|medium|hard), \d+ minutes(, no checker)?\)\*")
+QUIZ = re.compile(r"\*\*\d · [^*]+\*\*\n\n<details><summary>Answer</summary>\n\n.+?</details>", re.DOTALL)
 HELP = re.compile(r"<details><summary>(.+?)</summary>")
 
 
@@ -91,6 +93,8 @@ def missing(notebook) -> list[str]:
         "objectives": r"\| \*\*You will be able to\*\* \| \S",
         "needs: minutes, memory, GPU": r"\| \*\*Needs\*\* \|.*\bminutes?\b.*\bGB\b.*\bGPU\b",
         "sections of the paper": r"\| \*\*Paper\*\* \|.*(section|appendix)",
+        "core path or optional": r"\| \*\*Path\*\* \| (Core|Optional)\b",
+        "a link to the exercise edition": r"\]\(exercises/\d\d_\w+\.ipynb\)",
     }.items():
         if not re.search(pattern, first):
             found.append(what)
@@ -121,6 +125,13 @@ def missing(notebook) -> list[str]:
     for part in ("## Takeaways", "**Further reading.**"):
         if part not in last:
             found.append(part)
+    ends = [text.rfind(f"\n## {name}") for name in ("Scoreboard", "Quiz", "Takeaways")]
+    if -1 in ends or ends != sorted(ends):
+        found.append("scoreboard, quiz and takeaways at the end, in this order")
+    if not 2 <= len(QUIZ.findall(text[ends[1] : ends[2]])) <= 5:
+        found.append("two to five quiz questions, each with a folded answer")
+    if not any("scoreboard.draw(" in cell.source for cell in code_cells(notebook)):
+        found.append("the scoreboard's figure")
     for place, cell in enumerate(cells):
         pictures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
         description = cell.metadata.get("alt", "")
@@ -138,7 +149,62 @@ def test_it_has_what_every_notebook_of_the_course_has(path):
 
 def test_that_check_has_teeth():
     bare = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A title")])
-    assert len(missing(bare)) == 9
+    assert len(missing(bare)) == 14
+
+
+def sections(notebook) -> list[tuple[str, list]]:
+    """(heading, its cells): a new one at every cell that holds a heading of level 2, from its last such heading on."""
+    found = [("", [])]
+    for cell in notebook.cells:
+        headings = re.findall(r"^## (.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []
+        if headings:
+            found.append((headings[-1], []))
+        found[-1][1].append(cell)
+    return found
+
+
+def names_in(cells) -> tuple[set[str], set[str]]:
+    """Names that code cells bind at the top level, and all that they read."""
+    bound, read = set(), set()
+    for cell in cells:
+        tree = ast.parse(re.sub(r"^\s*%.*$", "pass", cell.source, flags=re.MULTILINE))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                read.add(node.id)
+        for node in tree.body:
+            targets = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if not targets:
+                targets = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+            bound |= set(targets)
+    return bound, read
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_optional_sections_can_be_skipped(path):
+    """No cell of a core section reads a name that only an optional section binds."""
+    here, needed = set(), {}
+    for heading, cells in sections(read(path)):
+        code = [cell for cell in cells if cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", [])]
+        bound, used = names_in(code)
+        if "(optional)" in heading:
+            needed |= {name: heading for name in bound - here}
+        else:
+            here |= bound
+            missing_here = {name: needed[name] for name in used & needed.keys() - here}
+            assert not missing_here, f"{heading!r} needs what an optional section defines: {missing_here}"
+
+
+def words(cells) -> int:
+    return sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_notebook_is_too_long(path):
+    """3,300 words; where optional sections are marked, that many without them, and 4,300 with them."""
+    parts = sections(read(path))
+    core = sum(words(cells) for heading, cells in parts if "(optional)" not in heading)
+    assert core <= 3300
+    assert sum(words(cells) for _, cells in parts) <= 4300
 
 
 def cell(count, source="1", outputs=()):

@@ -189,9 +189,9 @@ def draw(notebook: str, live: Mapping[str, Mapping[str, float]] | None = None) -
             if values:
                 mean = statistics.mean(values)
                 look = {"va": "center", "color": color, "fontsize": 9}
-                ax.annotate(f"{mean:.2f}", (max(values), y), (7, 0), textcoords="offset points", **look)
+                ax.annotate(f"{mean:.2g}", (max(values), y), (7, 0), textcoords="offset points", **look)
         ax.set_xscale("log")
-        ax.set_xlim(0.04, 4)
+        ax.set_xlim(0.025, 6)
         ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
         ax.minorticks_off()
         ax.grid(axis="x", alpha=0.3)
@@ -202,5 +202,6 @@ def draw(notebook: str, live: Mapping[str, Mapping[str, float]] | None = None) -
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     for label, is_new in zip(axes[0].get_yticklabels(), new, strict=True):
         label.set_color(PALETTE[4] if is_new else "black")
+    plt.close(fig)  # a cell shows what it returns, once
     fig.suptitle(f"{RATIO:.0%} of the heads' and channels' parameters removed", fontsize=12)
     return fig
