@@ -4,6 +4,7 @@ import os
 
 import answers_00_to_04
 import answers_05_to_10
+import answers_11
 import answers_12
 import pytest
 import torch
@@ -13,11 +14,12 @@ from greedy_helpers.course import exercises
 from greedy_helpers.course.exercises import common
 from greedy_helpers.course.exercises.common import NotYet
 
-ANSWERS = answers_00_to_04.ANSWERS | answers_05_to_10.ANSWERS | answers_12.ANSWERS
+ANSWERS = answers_00_to_04.ANSWERS | answers_05_to_10.ANSWERS | answers_11.ANSWERS | answers_12.ANSWERS
 SOLVED = {checker: getattr(nb, name) for checker, name in CHECKED.items()}
 RIGHT = [(name, right) for name, rows in ANSWERS.items() for right in rows if not isinstance(right, tuple)]
 WRONG = [(name, *wrong) for name, rows in ANSWERS.items() for wrong in rows if isinstance(wrong, tuple)]
-RETURN_NOTHING = {"check_purposes", "check_remove_channels", "check_remove_heads"}  # a dictionary; in place
+# a dictionary; in place
+RETURN_NOTHING = {"check_purposes", "check_remove_channels", "check_remove_heads", "check_cut_units", "check_my_prune"}
 
 
 def test_every_checker_has_a_solution_and_mistakes():

@@ -10,6 +10,7 @@ from .nb00_to_03 import *
 from .nb04_to_06 import *
 from .nb07_to_09 import *
 from .nb10 import *
+from .nb11 import *
 from .nb12 import *
 
 __all__ = ["NotYet", *sorted(name for name in globals() if name.startswith("check_"))]
