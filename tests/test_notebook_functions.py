@@ -17,7 +17,7 @@ import tiny
 import torch
 
 import greedy_helpers as gh
-from greedy_helpers.allocation import n_removed
+from greedy_helpers.allocation import n_removed, unit_parameters
 from greedy_helpers.course import graphs
 from greedy_helpers.course.cost import count_macs
 from greedy_helpers.course.multiple_choice import paired_accuracy
@@ -25,8 +25,9 @@ from greedy_helpers.criteria import removal_costs
 from greedy_helpers.evaluate import TextScore
 from greedy_helpers.greedy import eliminate
 from greedy_helpers.measure import ModulePasses
-from greedy_helpers.prices import output_fisher
+from greedy_helpers.prices import output_fisher, stream_energy
 from greedy_helpers.reconstruct import refit
+from greedy_helpers.remedies import Remedy, refit_survivors
 from greedy_helpers.similarity import unit_divergence
 from greedy_helpers.structure import linears_of
 
@@ -35,7 +36,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 def taken_from(stem, *names):
     """The functions of those names as the notebook defines them."""
-    found = {"torch": torch, "math": math, "itertools": itertools, "gh": gh}
+    found = {"torch": torch, "nn": torch.nn, "copy": copy, "math": math, "itertools": itertools, "gh": gh}
     found |= {"ModulePasses": ModulePasses, "n_removed": n_removed, "linears_of": linears_of}
     found |= {"output_fisher": output_fisher}
     for cell in nbformat.read(NOTEBOOKS / f"{stem}.ipynb", as_version=4).cells:
@@ -223,6 +224,33 @@ def test_the_bias_remedy():
     )
     gone = sorted(set(range(80)) - set(report.steps[0].keep.tolist()))
     torch.testing.assert_close(ffn.level2.linear.bias - bias, bias_remedy(whole, torch.cat(z), gone))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-gqa"])
+def test_the_capstone(family):
+    parts = ("units_of", "moments_of", "energy_scores", "cut_units", "ridge_refit", "spend", "enter", "reads", "run")
+    *_, prices_of, my_prune = taken_from("11_capstone", *parts, "prices_of", "my_prune")
+    model = tiny.tiny_model(family, attention_bias=False, mlp_bias=False)
+    tokens = torch.randint(tiny.VOCABULARY, (12, 24), generator=torch.Generator().manual_seed(0))
+    mine, places = copy.deepcopy(model), {"attention": "self_attn", "ffn": "mlp"}
+    prices, sizes = prices_of(model, tokens)
+    scores, energy = gh.scores_of(model, tokens, gh.output_energy, unit="kv"), stream_energy(model, tokens)
+    modules = {module.name: module for module in gh.depth2_modules(model, unit="kv")}
+    for (block, name), own in prices.items():
+        module = f"model.layers.{block}.{places[name]}"
+        torch.testing.assert_close(own, scores[module] / energy[module])
+        assert sizes[block, name] == unit_parameters(modules[module])
+
+    def refit_level1(module, seen):
+        return refit([group.linear for group in module.level1.values()], seen.only_level1(), seen.damp, through=True)
+
+    plan = my_prune(mine, tokens, 0.3, 0.02)
+    plan = {f"model.layers.{block}.{places[name]}": left for (block, name), left in plan.items()}
+    assert any(left < modules[name].n_units for name, left in plan.items())
+    recipe = gh.Recipe(gh.output_energy, Remedy(refit_level1, refit_survivors, refits_level1=True), 0.02)
+    gh.prune(model, tokens, plan=plan, recipe=recipe, unit="kv", progress=False)
+    for (name, one), other in zip(mine.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_joint_removal():

@@ -119,8 +119,8 @@ def missing(notebook) -> list[str]:
             solved = answer.get("metadata", {}).get("tags") == ["solution"]
             if not solved or not checker or "exercises.check_" not in checker[0].source:
                 found.append(f"a solution and a checker behind task {task[1]}")
-    if not 3 <= tasks <= 6:
-        found.append(f"three to six exercises: found {tasks}")
+    if not 3 <= tasks <= 7:
+        found.append(f"three to seven exercises: found {tasks}")
     last = cells[-1].source
     for part in ("## Takeaways", "**Further reading.**"):
         if part not in last:
