@@ -171,7 +171,7 @@ def check_comparable(comparable: Callable[[dict, dict], bool]) -> str:
 
 
 def _problem(seed: int, channels: int = 6, tokens: int = 40, d_y: int = 3) -> tuple[Tensor, ...]:
-    """Correlated channels z, targets y, the normal equations' H (with 0.5 I) and solution B [d_y, channels]. Float64."""
+    """Correlated channels z, targets y, the normal equations' H (with 0.5 I), solution B [d_y, channels]. Float64."""
     z, mix, b, noise = draw(seed, (tokens, channels), (channels, channels), (channels, d_y), (tokens, d_y))
     z = z @ mix
     y = z @ b + noise
