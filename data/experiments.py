@@ -1,8 +1,8 @@
 """Measure what the notebooks plot: each experiment fills one file of data/results. A killed run goes on when repeated.
 
 python data/experiments.py criteria        # notebook 04: every criterion, nothing repaired
-python data/experiments.py recovery        # notebook 08: the main recipes, three calibration sets
-python data/experiments.py grid            # notebook 08: three calibration sets of code alone; criteria times remedies
+python data/experiments.py recovery        # notebook 09: the main recipes, three calibration sets
+python data/experiments.py grid            # notebook 08: targets and plans, three calibration sets of code alone
 python data/experiments.py comparison      # notebook 09: criteria times remedies, three ratios, three calibration sets
 python data/experiments.py choices         # notebook 09: multiple choice, main recipes, three calibration sets
 
@@ -40,7 +40,7 @@ def criteria() -> None:
 
 
 def recovery() -> None:
-    """Notebook 08: recipes at 25 and 50%, calibration sets that hold both kinds of text."""
+    """Notebook 09: recipes at 25 and 50%, calibration sets that hold both kinds of text."""
     settings = Settings(evaluation=24, source="code+prose")
     recipes = [
         *(floor("second moment", remedy) for remedy in ("none", "pre", "both, residual")),

