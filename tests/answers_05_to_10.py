@@ -25,6 +25,17 @@ def by_rounds(prices, parameters, budget, order=sorted):
     return {name: len(own) for name, own in left.items()}
 
 
+def damped(read, target, w0, damp):
+    return nb.ridge_toward(read, target, w0, damp * read.square().sum() / read.shape[1])
+
+
+def level_2(x, x_hat, w1, w2, act, damp, again=True, local=False):
+    """The second step without a second pass, or to what the module gave on x_hat."""
+    new = damped(x_hat, x @ w1.T, w1, damp)
+    z, z_old = act(x_hat @ (new if again else w1).T), act((x_hat if local else x) @ w1.T)
+    return damped(z, z_old @ w2.T, w2, damp)
+
+
 def runs(windows, run):
     return [tuple(r) for r in windows.unfold(1, run, 1).reshape(-1, run).tolist()]
 
@@ -124,12 +135,6 @@ def swallows_an_interrupt(folder, items, work):
 
 
 ANSWERS = {
-    "check_units_left": [
-        (lambda n, r: n - round(r * n), r"units_left\(8, 0.1\): expected 8, found 7. More than 10% of 8 go"),
-        (lambda n, r: int((1 - r) * n + 1e-9), r"units_left\(8, 0.1\): expected 8, found 7"),
-        (lambda n, r: n - int(r * n), r"units_left\(100, 0.29\): expected 71, found 72. .* on paper and 28.99"),
-        (lambda n, r: n - int(r * n + 1e-9) if r < 0.9 or n == 10 else 0, "must keep at least one unit"),
-    ],
     "check_head_parameters": [
         (lambda *a: nb.head_parameters(*a) + a[3] * a[0], "bias of o_proj belongs to the residual stream"),
         (lambda d, dim, g, b: nb.head_parameters(d, dim, g, False), "take their biases along"),
@@ -166,6 +171,16 @@ ANSWERS = {
         (lambda x, y, w0, lam: nb.ridge_toward(x, y, w0, lam / 2), "40 tokens, lam = 3.0.*least squares"),
         (lambda x, y, w0, lam: nb.ridge_toward(x, y, w0, lam) + (x == 0).all(), "teach nothing"),
     ],
+    "check_two_steps": [
+        lambda *a: list(nb.two_steps(*a)),
+        (lambda *a: nb.two_steps(*a)[0], r"expected \(new w1, new w2\), found Tensor"),
+        (lambda x, h, w1, w2, f, d: (w1, nb.two_steps(x, h, w1, w2, f, d)[1]), "Level 1 did not move"),
+        (lambda x, h, w1, w2, f, d: (damped(h, x @ w1.T, 0 * w1, d), w2), "not toward zero"),
+        (lambda x, h, w1, w2, f, d: (nb.ridge_toward(h, x @ w1.T, w1, d), w2), "times the mean diagonal"),
+        (lambda x, h, w1, w2, f, d: (nb.two_steps(x, h, w1, w2, f, d)[0], w2), "Level 2 did not move"),
+        (lambda *a: (nb.two_steps(*a)[0], level_2(*a, again=False)), "Run again"),
+        (lambda *a: (nb.two_steps(*a)[0], level_2(*a, local=True)), "from x and the old weights"),
+    ],
     "check_error_from_moments": [
         lambda *a: float(nb.error_from_moments(*a)),
         (lambda *a: nb.error_from_moments(*a) * a[0], r"one number, found shape \[6, 6\]"),
@@ -180,27 +195,18 @@ ANSWERS = {
         (lambda *a: nb.centred_solve(*a[:5], 0 * a[5], a[6]), "lam = 2: W: expected"),
         (lambda *a: (nb.centred_solve(*a)[0], a[4] - nb.centred_solve(*a)[0] @ a[3]), "means, not sums"),
     ],
-    "check_bias_remedy": [
-        (lambda w, z, gone: len(z) * nb.bias_remedy(w, z, gone), "sum over tokens"),
-        (lambda w, z, gone: w @ z.mean(0), "only what was removed"),
-        (lambda w, z, gone: w @ z.mean(0) - nb.bias_remedy(w, z, gone), "mean of what stays"),
-        (lambda *a: -nb.bias_remedy(*a), "The sign"),
-        (lambda *a: nb.bias_remedy(*a) + (len(a[2]) == 0), r"channels \[\] removed: expected \[0, 0, 0\]"),
-    ],
-    "check_draw": [
-        (lambda x, u, t: x.argmax(-1), r"expected \[0, 0, 1, 2, 2\], found \[0, 0, 0, 0, 0\]"),
-        (lambda x, u, t: nb.draw(x, u, 1.0), "temperature 0.5"),
-        (lambda x, u, t: ((x / t).softmax(-1).cumsum(-1) <= u[:, None] + 1e-6).sum(-1), "the last token"),
+    "check_nucleus": [
+        lambda x, p: nb.nucleus(x, p).float(),
+        (lambda x, p: nb.nucleus(x, p) * 0.9, "expected"),
+        (lambda x, p: x.softmax(-1) * (nb.nucleus(x, p) > 0), "add up to 1 again"),
+        (lambda x, p: nb.nucleus(x, p).sort(dim=-1, descending=True).values, "order of the vocabulary"),
+        (lambda x, p: nb.nucleus(x, p / 2), "with which p is reached"),
+        (lambda x, p: x.softmax(-1), "as few tokens as possible"),
     ],
     "check_shared_runs": [
         (lambda a, b, n: sum(r in runs(a, n) for r in runs(b, n)) / len(runs(b, n)), "repeated runs count once"),
         (lambda a, b, n: nb.shared_runs(a.reshape(1, -1), b.reshape(1, -1), n), "expected"),
         (lambda a, b, n: nb.shared_runs(b, a, n), "expected"),
-    ],
-    "check_sigma_of_random_ids": [
-        lambda e: e.double().T @ e.double() / len(e),
-        (lambda e: torch.cov(e.T, correction=0), "uncentred"),
-        (lambda e: e.T @ e, "divide by its size"),
     ],
     "check_bits_per_byte": [
         (lambda x, t: nb.bits_per_byte(x, t) * math.log(2), "These are nats"),

@@ -79,12 +79,6 @@ def test_divergence_of_groups(group):
     torch.testing.assert_close(group_divergence(values, group), unit_divergence(values, group))
 
 
-def test_units_left():
-    (units_left,) = taken_from("05_pruning", "units_left")
-    for n, percent in itertools.product((1, 2, 7, 8, 32, 100), range(0, 100)):
-        assert units_left(n, percent / 100) == n - n_removed(n, percent / 100), (n, percent)
-
-
 def test_greedy_elimination():
     _, greedy_keep = taken_from("08_beyond_the_paper", "downdate", "greedy_keep")
     for seed in range(4):
@@ -197,33 +191,25 @@ def test_refits(damp):
         torch.testing.assert_close(found, (centred.weight, centred.bias))
 
 
-def test_refit_of_linears_side_by_side():
-    (refit_by_hand,) = taken_from("06_reconstruction", "refit_by_hand")
-    for bias in (True, False):
-        x, y, m, _ = regression(0)
-        layers = [torch.nn.Linear(7, n, bias=bias).double() for n in (1, 2)]
-        by_hand = copy.deepcopy(layers)
-        refit_by_hand(by_hand, x, y, 0.02)
-        refit(layers, m, 0.02)
-        for mine, theirs in zip(by_hand, layers, strict=True):
-            torch.testing.assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()))
-
-
-def test_the_bias_remedy():
-    (bias_remedy,) = taken_from("06_reconstruction", "bias_remedy")
-    model = tiny.tiny_model("opt")
-    tokens = torch.randint(tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
-    ffn = gh.depth2_modules(model, [0], kinds={"ffn"})[0]
-    whole, bias, z = gh.weight_of(ffn.level2.linear).detach().clone(), ffn.level2.linear.bias.detach().clone(), []
-    hook = ffn.level2.linear.register_forward_pre_hook(lambda _, args: z.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        model(tokens)
-    hook.remove()
-    report = gh.prune(
-        model, tokens, 0.3, gh.Recipe(gh.second_moment, "bias"), blocks=[0], kinds={"ffn"}, progress=False
-    )
-    gone = sorted(set(range(80)) - set(report.steps[0].keep.tolist()))
-    torch.testing.assert_close(ffn.level2.linear.bias - bias, bias_remedy(whole, torch.cat(z), gone))
+def test_the_two_steps():
+    """On the first FFN, behind heads that are cut: the paper's remedy leaves the same weights."""
+    _, two_steps = taken_from("06_reconstruction", "ridge_toward", "two_steps")
+    dense = tiny.tiny_model("llama")
+    model, read = copy.deepcopy(dense), []
+    tokens = torch.randint(tiny.VOCABULARY, (16, 16), generator=torch.Generator().manual_seed(0))
+    report = gh.prune(model, tokens, 0.3, gh.Recipe(gh.output_energy, "pre"), blocks=[0], progress=False)
+    for subject in (dense, model):
+        gate = gh.blocks_of(subject)[0].mlp.gate_proj
+        gate.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
+        with torch.no_grad():
+            subject(tokens)
+    mlp, kept = gh.blocks_of(dense)[0].mlp, report.steps[1].keep
+    w1, w2 = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(), mlp.down_proj.weight.detach()
+    found1, found2 = two_steps(*read, w1, w2, lambda h: mlp.act_fn(h[:, :80]) * h[:, 80:], 0.01)
+    pruned = gh.blocks_of(model)[0].mlp
+    torch.testing.assert_close(found1[:80][kept], pruned.gate_proj.weight.detach())
+    torch.testing.assert_close(found1[80:][kept], pruned.up_proj.weight.detach())
+    torch.testing.assert_close(found2[:, kept], pruned.down_proj.weight.detach())
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-gqa"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -130,24 +129,6 @@ def check_spearman(spearman: Callable[[Tensor, Tensor], float]) -> str:
     hint = "Equal values share the average of their ranks: 1, 2.5, 2.5, 4"
     ask("spearman with ties", spearman, *tied).must_be(torch.tensor(4.5 / math.sqrt(4.5 * 5)), hint)
     return "correct: ranks, ties included"
-
-
-def check_units_left(units_left: Callable[[int, float], int]) -> str:
-    """Notebook 05: `units_left(n_units, ratio)` -> how many stay when at most `ratio` of them go."""
-    plain = ((8, 0.25), (8, 0.1), (8, 0.45), (768, 0.5), (1024, 0.33), (12, 0.0))
-    whole = ((100, 0.29), (100, 0.57), (10, 0.9), (1000, 0.009))
-    for n_units, ratio in (*plain, *whole):
-        right = n_units - int(Fraction(str(ratio)) * n_units)
-        product = f"{ratio} * {n_units} is whole on paper and {ratio * n_units!r} in floating point"
-        ask(f"units_left({n_units}, {ratio})", units_left, n_units, ratio).must_be(
-            right,
-            *[f"{product}: add a little before you cut off"] * ((n_units, ratio) in whole),
-            (lambda found, right=right: found < right, f"More than {ratio:.0%} of {n_units} go"),
-        )
-    for n_units, ratio in ((1, 0.9), (8, 0.99), (3, 0.999)):
-        found = units_left(n_units, ratio)
-        expect(found >= 1, f"units_left({n_units}, {ratio}): a module must keep at least one unit, found {found}")
-    return "correct: never more than asked, and never all"
 
 
 def check_head_parameters(head_parameters: Callable[[int, int, int, bool], int]) -> str:
@@ -305,6 +286,54 @@ def check_ridge_toward(ridge_toward: Callable[..., Tensor]) -> str:
     return "correct: near the targets where data speak, near the current weight where they do not"
 
 
+def check_two_steps(two_steps: Callable[..., tuple[Tensor, Tensor]]) -> str:
+    """Notebook 06: `two_steps(x, x_hat, w1, w2, act, damp)` -> both new weights, each refitted to its dense outputs.
+
+    x, x_hat [n, d]; w1 [2 m, d], of which `act` makes m channels; w2 [d_y, m].
+    """
+    x, mix, drift, w1, w2 = draw(6, (60, 4), (4, 4), (60, 4), (6, 4), (2, 3))
+    x = x @ mix
+
+    def act(h: Tensor) -> Tensor:
+        return nn.functional.silu(h[:, :3]) * h[:, 3:]
+
+    def refit(read: Tensor, target: Tensor, w0: Tensor, damp: float, toward: float = 1.0) -> Tensor:
+        return ridge(read, target, toward * w0, damp * read.square().sum().item() / read.shape[1])
+
+    for damp in (1e-3, 0.3):
+        x_hat, y1 = x + 0.5 * drift, x @ w1.T
+        y2 = act(y1) @ w2.T
+        right1 = refit(x_hat, y1, w1, damp)
+        z_hat, z_old = act(x_hat @ right1.T), act(x_hat @ w1.T)
+        what = f"two_steps, damp = {damp:g}"
+        found1, found2 = parts(what, call(what, two_steps, x, x_hat, w1, w2, act, damp), "new w1, new w2")
+        compare(
+            f"{what}: level 1",
+            found1,
+            right1,
+            (w1, "Level 1 did not move: its targets are x w1', what the *dense* level 1 puts out"),
+            (refit(x_hat, y1, w1, damp, toward=0.0), "Pull toward the current weight, not toward zero"),
+            (ridge(x_hat, y1, w1, damp), "lam is `damp` times the mean diagonal of x_hat' x_hat"),
+            rtol=1e-6,
+        )
+        compare(
+            f"{what}: level 2",
+            found2,
+            refit(z_hat, y2, w2, damp),
+            (
+                w2,
+                "Level 2 did not move. It reads something else now, and aims at the *dense* module's outputs",
+            ),
+            (refit(z_old, y2, w2, damp), "Run again: level 2 reads what the *new* level 1 gives on x_hat"),
+            (
+                refit(z_hat, z_old @ w2.T, w2, damp),
+                "Its targets are the dense module's outputs, from x and the old weights",
+            ),
+            rtol=1e-6,
+        )
+    return "correct: level 1 to its dense outputs, run again, then level 2"
+
+
 def check_error_from_moments(error_from_moments: Callable[..., float | Tensor]) -> str:
     """Notebook 06: `error_from_moments(xx, xy, yy, w)` -> ||Y - X W'||^2 / ||Y||^2 from X'X, X'Y and ||Y||^2."""
     for seed, n in ((2, 30), (3, 4)):
@@ -340,19 +369,3 @@ def check_centred_solve(centred_solve: Callable[..., tuple[Tensor, Tensor]]) -> 
         hint = "b is mean(y) - W mean(x). Take the new W, and means, not sums"
         compare(f"{what}: b", bias, mean_y - right @ mean_x, hint, atol=1e-6)
     return "correct: the weight explains what varies, the bias what does not"
-
-
-def check_bias_remedy(bias_remedy: Callable[..., Tensor]) -> str:
-    """Notebook 06: `bias_remedy(w, z, gone)` -> the constant [d] that best replaces the removed channels of z."""
-    z, _, w = _problem(6, 25, 6, 3)
-    for gone in ([1], [4, 0, 2], []):
-        lost, whole = z[:, gone] @ w[:, gone].T, z @ w.T
-        right = lost.mean(0)
-        ask(f"bias_remedy, channels {gone} removed", bias_remedy, w, z, torch.tensor(gone, dtype=torch.long)).must_be(
-            right,
-            (lost.sum(0), "That is the sum over tokens: a constant is added at every token, so take the mean"),
-            (whole.mean(0), "That is the mean of the whole output: only what was removed is missing"),
-            ((whole - lost).mean(0), "That is the mean of what stays: it is still there"),
-            (-right, "The sign: what was lost has to be put back"),
-        )
-    return "correct: the mean of what was removed"

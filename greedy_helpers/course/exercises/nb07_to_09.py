@@ -13,16 +13,22 @@ from ..cards import calibration_card
 from .common import ask, call, compare, draw, expect, like, parts, ridge
 
 
-def check_draw(draw: Callable[[Tensor, Tensor, float], Tensor]) -> str:
-    """Notebook 07: `draw(logits, u, temperature)` -> long [batch], by inverting the distribution."""
-    logits = torch.tensor([[0.5, 0.2, 0.3]]).log().expand(5, -1).clone()
-    rows = logits, torch.tensor([0.1, 0.49, 0.6, 0.71, 0.99]), 1.0
-    ask("draw from probabilities 0.5, 0.2, 0.3", draw, *rows).must_be(torch.tensor([0, 0, 1, 2, 2]))
-    cold = torch.tensor([[1.0, 0.0]]), torch.tensor([0.8]), 0.5
-    ask("draw at temperature 0.5", draw, *cold).must_be(torch.tensor([0]), "Token 0 has probability 0.88, and u is 0.8")
-    last = torch.zeros(1, 7), torch.ones(1), 1.0
-    ask("draw with u = 1, the last token", draw, *last).must_be(torch.tensor([6]), "Rounding must not leave the range")
-    return "correct: boundaries, temperature and the last token"
+def check_nucleus(nucleus: Callable[[Tensor, float], Tensor]) -> str:
+    """Notebook 07: `nucleus(logits, p)` -> probabilities: the fewest likely tokens that reach p, scaled to sum to 1."""
+    given = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.2, 0.05, 0.05, 0.7]], dtype=torch.float64)
+    for p, kept in ((0.7, [[1, 2], [3]]), (0.4, [[1], [3]]), (0.8, [[1, 2, 3], [0, 3]]), (1.0, [[0, 1, 2, 3]] * 2)):
+        size = torch.tensor([*map(len, kept)])
+        right = given * torch.tensor([[token in row for token in range(4)] for row in kept])
+        ranked = right.sort(dim=-1, descending=True).values
+        ask(f"nucleus of probabilities {given.tolist()}, p = {p}", nucleus, given.log() + 3, p).must_be(
+            right / right.sum(-1, keepdim=True),
+            (right, "The kept tokens have to add up to 1 again"),
+            (ranked / ranked.sum(-1, keepdim=True), "Put the probabilities back into the order of the vocabulary"),
+            (lambda found, n=size: ((found > 0).sum(-1) < n).any(), "Keep the token with which p is reached"),
+            (lambda found, n=size: ((found > 0).sum(-1) > n).any(), "Keep as few tokens as possible"),
+            atol=1e-6,
+        )
+    return "correct: as few tokens as reach p, and scaled"
 
 
 def check_shared_runs(shared_runs: Callable[[Tensor, Tensor, int], float]) -> str:
@@ -38,19 +44,6 @@ def check_shared_runs(shared_runs: Callable[[Tensor, Tensor, int], float]) -> st
         right = calibration_card(mine, "x", evaluation={"y": theirs}, run=4).shared["y"]
         ask(f"shared_runs, {what}", shared_runs, mine, theirs, 4).must_be(right)
     return "correct: distinct runs, inside windows"
-
-
-def check_sigma_of_random_ids(sigma_of_random_ids: Callable[[Tensor], Tensor]) -> str:
-    """Notebook 07: `sigma_of_random_ids(embeddings)` -> [d, d], the uncentred second moment."""
-    embeddings = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 1
-    right = sum(torch.outer(e, e) for e in embeddings) / 50
-    ask("sigma_of_random_ids", sigma_of_random_ids, embeddings).must_be(
-        right,
-        (torch.cov(embeddings.T, correction=0), "The covariance: Sigma is uncentred, the mean stays in it"),
-        (right * 50, "That is the sum over the vocabulary; divide by its size"),
-        atol=1e-5,
-    )
-    return "correct: an average of outer products"
 
 
 def check_bits_per_byte(bits_per_byte: Callable[[Tensor, str], float]) -> str:
