@@ -1,8 +1,6 @@
 """Beside the notebooks' solutions: other right answers, and (wrong answer, what the message has to say). 05 to 10."""
 
-import json
 import math
-import os
 
 import torch
 from solutions import after, nb
@@ -89,49 +87,6 @@ def without_a_message(*arguments):
         return nb.micro_batch(*arguments)
     except ValueError:
         raise ValueError from None
-
-
-def one_file_each(folder, items, work, named_by_item=False, atomic=True):
-    results = []
-    for number, item in enumerate(items):
-        file = folder / f"{item if named_by_item else number}.json"
-        if not file.exists():
-            partial = folder / f"{number}.partial" if atomic else file
-            partial.write_text(json.dumps(work(item)))
-            os.replace(partial, file)
-        results.append(json.loads(file.read_text()))
-    return results
-
-
-def one_file(folder, items, work, partial="results.tmp", unlink=False):
-    file = folder / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else []
-    for item in items[len(results) :]:
-        results.append(work(item))
-        with open(folder / partial, "w") as opened:
-            json.dump(results, opened) if partial != "results.json" else opened.write(json.dumps(results))
-        if unlink:
-            file.unlink(missing_ok=True)
-        (folder / partial).replace(file)
-    return results
-
-
-def only_at_the_end(folder, items, work):
-    file = folder / "results.json"
-    if not file.exists():
-        (folder / "tmp").write_text(json.dumps([work(item) for item in items]))
-        os.replace(folder / "tmp", file)
-    return json.loads(file.read_text())
-
-
-def swallows_an_interrupt(folder, items, work):
-    if not (folder / "done").exists():
-        try:
-            results = [work(item) for item in items]
-        except BaseException:
-            return None
-        (folder / "done").write_text(json.dumps(results))
-    return json.loads((folder / "done").read_text())
 
 
 ANSWERS = {
@@ -296,15 +251,14 @@ ANSWERS = {
         (without_a_message, "has to say"),
         (lambda *a: nb.micro_batch(*a) if a[0] != 4.5 else 0, "expected a ValueError, found 0"),
     ],
-    "check_resumable": [
-        one_file,
-        (lambda folder, items, work: [0] * len(items), "resumable: expected"),
-        (lambda folder, items, work: [work(item) for item in items], "nothing left to do: 10 items"),
-        (lambda *a: one_file_each(*a, named_by_item=True), "once each and in their order"),
-        (only_at_the_end, "killed in the third item: 7 items"),
-        (lambda *a: one_file_each(*a, atomic=False), "killed in write or rename 1: .* Half a file was taken"),
-        (lambda *a: one_file(*a, partial="results.json"), "rename 1: the next call failed .* JSONDecodeError"),
-        (lambda *a: one_file(*a, unlink=True), r"write or rename \d+: \d+ items .* finished ones again"),
-        (swallows_an_interrupt, "an interrupt has to get through"),
+    "check_channel_energy": [
+        lambda batches: torch.cat(list(batches)).double().square().sum(0),
+        (lambda batches: sum(b.square().sum(0) for b in batches), "The sum needs 64 bits"),
+        (lambda batches: sum(b.square().double().sum(0) for b in batches), "before you square"),
+        (lambda batches: sum(b.double().square().sum(0).half() for b in batches).double(), "rounded to 16 bits"),
+        (lambda batches: nb.channel_energy(batches) / sum(map(len, batches)), "This is the mean"),
+        (lambda batches: nb.channel_energy(batches).sqrt(), "This is the norm"),
+        (lambda batches: nb.channel_energy(batches).float(), "The sum needs 64 bits"),
+        (lambda batches: nb.channel_energy(batches).sum(), r"expected shape \[4\]"),
     ],
 }

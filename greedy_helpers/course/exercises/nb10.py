@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import Any
-from unittest import mock
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from .common import NotYet, ask, call, compare, expect, parts, refuses
+from .common import ask, call, compare, parts, refuses
 
 
 def check_block_bytes(block_bytes: Callable[[LlamaConfig, int], int]) -> str:
@@ -98,106 +91,33 @@ def check_micro_batch(micro_batch: Callable[[float, float, float, int], int]) ->
     return "correct: and it says so when nothing fits"
 
 
-class _Killed(BaseException):
-    """What the checker stops the process with."""
+def check_channel_energy(channel_energy: Callable[[Sequence[Tensor]], Tensor]) -> str:
+    """Notebook 10: `channel_energy(batches)`: float16 batches [tokens, channels] -> sum of squares [channels]."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(3000, 4, generator=generator).add(1).half()
+    large = torch.tensor([[300.0, 1.0, -280.0, 0.5]]).half()
 
+    def same(found: Tensor, wrong: Tensor) -> bool:
+        return torch.allclose(found, wrong, rtol=1e-9)
 
-class _Torn(AbstractContextManager):
-    """A file to which only a part of a write gets through before the process dies."""
-
-    def __init__(self, file: Any, dies: Callable[[], bool]) -> None:
-        self._file, self._dies = file, dies
-
-    def write(self, data: Any) -> int:
-        if self._dies():
-            self._file.write(data[: len(data) // 2])
-            self._file.flush()
-            raise _Killed
-        return self._file.write(data)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-@contextmanager
-def _dying(folder: str, last: int) -> Iterator[None]:
-    """Of the writes to `folder` and the renames, number `last` is the end: a write half done, a rename not begun."""
-    numbers, opens = iter(range(1, 10**6)), io.open
-
-    def dies() -> bool:
-        return next(numbers) == last
-
-    def open_(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        opened = opens(file, mode, *args, **kwargs)
-        mine = not isinstance(file, int) and Path(os.fsdecode(file)).is_relative_to(folder)
-        return _Torn(opened, dies) if mine and set(mode) & set("wax+") else opened
-
-    def moving(original: Callable) -> Callable:
-        def move(*args: Any, **kwargs: Any) -> None:
-            if dies():
-                raise _Killed
-            original(*args, **kwargs)
-
-        return move
-
-    moves = {name: moving(getattr(os, name)) for name in ("replace", "rename")}
-    with mock.patch.multiple(os, **moves), mock.patch("io.open", open_), mock.patch("builtins.open", open_):
-        yield
-
-
-def check_resumable(resumable: Callable[[Path, Sequence[int], Callable[[int], int]], list[int]]) -> str:
-    """Notebook 10: `resumable(folder, items, work)`: [work(item), ...] that no kill can make wrong or repeat."""
-    items, calls = [3, 1, 4, 1, 5], []
-    right = [10**9 + 12_345 * item for item in items]  # half of its digits is a number, too
-
-    def work(item: int) -> int:
-        calls.append(item)
-        return 10**9 + 12_345 * item
-
-    def stops(item: int) -> int:
-        if len(calls) == 2:
-            raise _Killed
-        return work(item)
-
-    def again(folder: str, how: str, most: int) -> None:
-        try:
-            found = resumable(Path(folder), items, work)
-        except Exception as error:
-            raise NotYet(f"{how}: the next call failed on what was left: {type(error).__name__}: {error}") from error
-        hint = "Half a file was taken for a whole one: write under another name, then os.replace"
-        compare(f"{how}: the next call", found, right, hint)
-        expect(len(calls) <= most, f"{how}: {len(calls)} items were worked on, expected {most}: finished ones again")
-
-    with tempfile.TemporaryDirectory() as folder:
-        compare("resumable", resumable(Path(folder), items, work), right)
-        compare("the items that resumable works on, once each and in their order", calls, items)
-        again(folder, "nothing left to do", len(items))
-    with tempfile.TemporaryDirectory() as folder:
-        compare("resumable without items", resumable(Path(folder), [], work), [])
-
-    with tempfile.TemporaryDirectory() as folder:
-        calls.clear()
-        try:
-            resumable(Path(folder), items, stops)
-        except _Killed:
-            again(folder, "killed in the third item", len(items))
-        else:
-            expect(False, "resumable: nothing may be caught that is not your own: an interrupt has to get through")
-
-    deaths = 0
-    for last in range(1, 100):
-        with tempfile.TemporaryDirectory() as folder:
-            calls.clear()
-            try:
-                with _dying(folder, last):
-                    resumable(Path(folder), items, work)
-            except _Killed:
-                deaths += 1
-                again(folder, f"killed in write or rename {last}", len(items) + 1)
-            else:
-                break
-    expect(deaths > 0, "resumable: nothing was written through open() or Path.write_text(), so nothing could be torn")
-    return f"correct: survived {deaths} deaths"
+    for what, batches in (
+        ("one batch", [small]),
+        ("batches of unequal size", list(small.split([1000, 1999, 1]))),
+        ("squares above 65,504", [small[:20], large, small[20:50]]),
+        ("one token in a batch", list(small[:2500].split(1))),
+    ):
+        every = torch.cat(batches)
+        right = every.double().square().sum(0)
+        squared_in_16 = every.square().double().sum(0)
+        by_batch = sum(batch.double().square().sum(0).half() for batch in batches).double()
+        ask(f"channel_energy, {what}", channel_energy, batches).must_be(
+            right,
+            (lambda found: found.dtype != torch.float64, "The sum needs 64 bits: .double()"),
+            (lambda found: bool(found.isinf().any()), "300 ** 2 is more than float16 holds; change the type first"),
+            (right / len(every), "This is the mean over the tokens; expected the sum"),
+            (right.sqrt(), "This is the norm; expected the sum of squares"),
+            (lambda found, wrong=squared_in_16: same(found, wrong), "Change the type before you square, not after"),
+            (lambda found, wrong=by_batch: same(found, wrong), "Sums of batches were rounded to 16 bits"),
+            rtol=1e-9,
+        )
+    return "correct: nothing overflows, nothing stalls"
