@@ -39,8 +39,8 @@ from greedy_helpers.course import scoreboard
 from greedy_helpers.data import calibration_tokens
 from greedy_helpers.data_free import self_generated_tokens
 from greedy_helpers.depth import block_influence, influence_shares, plan_of_shares, slope_shares
-from greedy_helpers.greedy import whole_path
 from greedy_helpers.prices import loss_metric
+from greedy_helpers.pruning import loss_prices
 from greedy_helpers.recipes import Recipe
 from greedy_helpers.structure import Depth2Module, blocks_of
 
@@ -194,8 +194,8 @@ def main() -> None:
 
     @functools.cache
     def prices_of(windows: int, seed: int, unit: str) -> tuple[dict[str, torch.Tensor], float]:
-        priced, started = whole_path(metric_of(windows, seed)[0]), time.process_time()
-        prices = gh.scores_of(dense, calibration_of(windows, seed), priced, unit=unit, batch_size=16)
+        (metric, _), started = metric_of(windows, seed), time.process_time()
+        prices = loss_prices(dense, calibration_of(windows, seed), unit=unit, metric=metric, batch_size=16)
         return prices, time.process_time() - started
 
     for windows, seed, ratio, unit, name in itertools.product(

@@ -372,34 +372,6 @@ def _rising_prices(prices: Sequence[float], widths: Sequence[int]) -> list[float
     return [mean for mean, _, count in pools for _ in range(int(count))]
 
 
-def redundancy_plan(
-    modules: Sequence[Depth2Module], redundant: Mapping[str, Sequence[int]], n_parameters: int
-) -> dict[str, int]:
-    """Attention loses what similarity found redundant (tau sets the number), the FFNs share the rest equally.
-
-    Args:
-        redundant: attention module's name -> its redundant units, see
-            :func:`~greedy_helpers.similarity.redundant_heads`.
-
-    Raises:
-        ValueError: the heads alone exceed the budget, or the FFNs cannot fill it.
-    """
-    attention = [m for m in modules if m.kind == "attention"]
-    plan = {m.name: _n_left(m, len(redundant.get(m.name, ()))) for m in attention}
-    left = n_parameters - removed_parameters(attention, plan)
-    if left < 0:
-        raise ValueError(
-            f"redundancy_plan: the redundant heads hold {n_parameters - left:,} parameters, more than the budget of "
-            f"{n_parameters:,}; expected a smaller tau or a larger ratio"
-        )
-    return plan | uniform_plan([m for m in modules if m.kind != "attention"], left)
-
-
-def _n_left(module: Depth2Module, n_gone: int) -> int:
-    """What stays when at most `n_gone` units go, the same number of every set, and one of each stays."""
-    return max(module.n_sets, module.n_units - n_gone // module.n_sets * module.n_sets)
-
-
 def removed_parameters(modules: Sequence[Depth2Module], plan: Plan) -> int:
     """How many parameters `plan` takes out of `modules`; those that it does not name keep all their units."""
     return sum((m.n_units - plan.get(m.name, m.n_units)) * unit_parameters(m) for m in modules)

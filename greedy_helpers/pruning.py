@@ -249,6 +249,7 @@ def loss_prices(
     *,
     unit: UnitChoice = "query",
     damp: float | str = 1e-2,
+    metric: Mapping[str, Tensor] | None = None,
     **where: int | torch.device | str | None,
 ) -> dict[str, Tensor]:
     """What removing units costs the whole model, in nats per token: module name -> [n_units], cumulative.
@@ -261,12 +262,14 @@ def loss_prices(
 
     Args:
         unit, damp: see :func:`prune`.
+        metric: from :func:`~greedy_helpers.prices.loss_metric`, where it is known already; it depends on the model and
+            the calibration text only.
         where: batch_size, device, store.
 
     Raises:
         As :func:`prune`, and ValueError: a model without a causal head.
     """
-    metric = loss_metric(model, calibration, **where)
+    metric = loss_metric(model, calibration, **where) if metric is None else metric
     return scores_of(model, calibration, whole_path(metric), unit=unit, damp=damp, **where)
 
 

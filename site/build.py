@@ -21,16 +21,20 @@ from pathlib import Path
 SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
 sys.path.append(str(ROOT / "notebooks"))
-from badges import BRANCH, repository, without_badge  # noqa: E402 - a script beside the notebooks
+from badges import BRANCH, repository, without_badge  # noqa: E402 - scripts beside the notebooks
+from parts import table  # noqa: E402
 
 BUILD = ROOT / "build" / "site"
-RECORDED = ROOT / "data" / "results" / "notebooks.json"  # by `make notebooks`
 _FOLDED = {"setup": "hide-cell", "solution": "hide-input"}  # tag in the notebook -> tag that folds it on the page
-_MINUTES = re.compile(r"\*\*\d+ · [^*]+\*\* \*\([^)]*?(\d+) minutes")
 
 
 def notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def lectures() -> list[Path]:
+    """One page per notebook for whoever teaches it."""
+    return sorted((SITE / "lectures").glob("[0-9]*.md"))
 
 
 def modules() -> list[str]:
@@ -72,35 +76,13 @@ def contents(paths: list[Path], names: list[str]) -> dict:
         "parts": [
             {"caption": "The course", "chapters": [{"file": f"notebooks/{path.stem}"} for path in paths]},
             {"caption": "Beside the course", "chapters": [{"file": page} for page in pages]},
+            {"caption": "Lecture pages", "chapters": [{"file": f"lectures/{path.stem}"} for path in lectures()]},
             {
                 "caption": "The package",
                 "chapters": [{"file": "api/index", "sections": [{"file": f"api/{name}"} for name in names]}],
             },
         ],
     }
-
-
-def timings(paths: list[Path]) -> str:
-    """A table of what the notebooks say they need, what a recorded run took, and the minutes their exercises name."""
-    rows = ["| notebook | needs | measured | exercises, minutes |", "|---|---|---|---|"]
-    measured = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.is_file() else {}
-    for path in paths:
-        cells = [
-            cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"
-        ]
-        texts = ["".join(cell["source"]) for cell in cells]
-        title = texts[0].splitlines()[0].lstrip("# ") if texts[0].startswith("#") else _heading(texts[0])
-        needs = re.search(r"\*\*Needs\*\* \| ([^|\n]+) \|", texts[0])
-        minutes = sum(int(found) for text in texts for found in _MINUTES.findall(text))
-        run = measured.get(path.stem)
-        took = f"{run['seconds']} s, {run['memory, GB']} GB" if run else ""
-        rows.append(f"| [{title}](notebooks/{path.name}) | {needs[1] if needs else ''} | {took} | {minutes or ''} |")
-    return "\n".join(rows)
-
-
-def _heading(text: str) -> str:
-    """The first heading of a cell that begins with something else, such as a badge."""
-    return next(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
 
 
 def exercises() -> str:
@@ -164,8 +146,9 @@ def assemble(target: Path) -> None:
     for folder in ("notebooks", "api", "exercise_editions"):
         (target / folder).mkdir(parents=True)
     for page in SITE.glob("*.md"):
-        text = page.read_text(encoding="utf-8").replace("<!-- timings -->", timings(paths))
+        text = page.read_text(encoding="utf-8").replace("<!-- timings -->", table(paths))
         (target / page.name).write_text(text, encoding="utf-8")
+    shutil.copytree(SITE / "lectures", target / "lectures")
     for folder in ("_static", "_ext"):
         shutil.copytree(SITE / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (target / "extra").mkdir()

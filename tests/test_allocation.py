@@ -23,7 +23,6 @@ from greedy_helpers.allocation import (
     check_plan,
     middle_blocks,
     module_parameters,
-    redundancy_plan,
     removed_parameters,
     unit_parameters,
 )
@@ -200,18 +199,6 @@ def test_the_floor_holds():
         adaptive_plan(modules, scores, everything)
     plan = adaptive_plan(modules, scores, int(0.7 * everything), floor=0.25)
     assert all(plan[m.name] >= 0.25 * m.n_units for m in modules)
-
-
-def test_redundancy_fixes_the_heads_and_the_ffns_share_the_rest():
-    model = tiny_model("llama")
-    modules = depth2_modules(model)
-    redundant = {modules[0].name: [1, 2], modules[2].name: []}
-    wanted = budget(model, 0.3)
-    plan = redundancy_plan(modules, redundant, wanted)
-    assert (plan[modules[0].name], plan[modules[2].name]) == (2, 4)
-    assert plan[modules[1].name] == plan[modules[3].name] < 80
-    with pytest.raises(ValueError, match=r"more than the budget .* smaller tau"):
-        redundancy_plan(modules, redundant, 10)
 
 
 def test_middle_blocks():

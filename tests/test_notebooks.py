@@ -4,6 +4,7 @@ nbval executes the notebooks; this file looks at how they were saved.
 """
 
 import ast
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -152,15 +153,12 @@ def test_that_check_has_teeth():
     assert len(missing(bare)) == 14
 
 
-def sections(notebook) -> list[tuple[str, list]]:
-    """(heading, its cells): a new one at every cell that holds a heading of level 2, from its last such heading on."""
-    found = [("", [])]
-    for cell in notebook.cells:
-        headings = re.findall(r"^## (.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else []
-        if headings:
-            found.append((headings[-1], []))
-        found[-1][1].append(cell)
-    return found
+@pytest.fixture(scope="module")
+def parts():
+    spec = importlib.util.spec_from_file_location("parts", ROOT / "notebooks" / "parts.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def names_in(cells) -> tuple[set[str], set[str]]:
@@ -180,13 +178,13 @@ def names_in(cells) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_optional_sections_can_be_skipped(path):
+def test_optional_sections_can_be_skipped(parts, path):
     """No cell of a core section reads a name that only an optional section binds."""
     here, needed = set(), {}
-    for heading, cells in sections(read(path)):
+    for heading, cells in parts.sections(read(path)):
         code = [cell for cell in cells if cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", [])]
         bound, used = names_in(code)
-        if "(optional)" in heading:
+        if parts.is_optional(heading):
             needed |= {name: heading for name in bound - here}
         else:
             here |= bound
@@ -194,17 +192,31 @@ def test_optional_sections_can_be_skipped(path):
             assert not missing_here, f"{heading!r} needs what an optional section defines: {missing_here}"
 
 
-def words(cells) -> int:
-    return sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_no_notebook_is_too_long(path):
+def test_no_notebook_is_too_long(parts, path):
     """3,300 words; where optional sections are marked, that many without them, and 4,300 with them."""
-    parts = sections(read(path))
-    core = sum(words(cells) for heading, cells in parts if "(optional)" not in heading)
-    assert core <= 3300
-    assert sum(words(cells) for _, cells in parts) <= 4300
+    notebook = read(path)
+    assert parts.words(parts.core_cells(notebook)) <= 3300
+    assert parts.words(notebook.cells) <= 4300
+
+
+def test_minutes_are_of_the_core(parts):
+    head = "# 01 · A\n\n| **Path** | Core: section 1 |"
+    tasks = "## 3 · Exercises\n\n**1 · One** *(easy, 5 minutes)*. x\n\n**2 · Two** *(optional, hard, 15 minutes)*. y"
+    texts = [head, "## 1 · B\n\n" + "word " * 287, "## 2 · C (optional)\n\n" + "word " * 900, tasks]
+    cells = [nbformat.v4.new_markdown_cell(text) for text in texts]
+    cells.insert(2, nbformat.v4.new_code_cell("\n".join("x" * 15)))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    assert parts.on_core_path(notebook)
+    assert parts.minutes(notebook, 90) == {"reading": pytest.approx(3.2, abs=0.2), "running": 1.5, "exercises": 5}
+    cells[0].source = cells[0].source.replace("Core", "Optional")
+    assert not parts.on_core_path(notebook)
+
+
+@pytest.mark.parametrize("page", ["README.md", "site/intro.md"])
+def test_pages_name_the_core_path(parts, page):
+    (listed,) = re.findall(r"The core path is ([\d, and]+)[.,:]", (ROOT / page).read_text().replace("\n", " "))
+    assert re.findall(r"\d\d", listed) == [path.name[:2] for path in NOTEBOOKS if parts.on_core_path(read(path))]
 
 
 def cell(count, source="1", outputs=()):

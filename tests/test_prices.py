@@ -206,6 +206,10 @@ def test_a_plan_by_prices_meets_its_budget_and_spares_what_is_dear(model, tokens
 def test_prices_are_those_that_the_allocation_spends_by(model, tokens):
     modules = gh.depth2_modules(model)
     costs = loss_prices(model, tokens, batch_size=3)
+    metric = loss_metric(model, tokens, batch_size=3)
+    doubled = loss_prices(model, tokens, metric={name: 2 * g for name, g in metric.items()}, batch_size=3)
+    for name, price in costs.items():
+        torch.testing.assert_close(doubled[name], 4 * price)  # L L' is the metric
     plan = gh.cost_plan(modules, costs, asked_parameters(modules, 0.3))
     report = gh.prune(model, tokens, 0.3, Recipe("L2", "none", allocation="loss prices"), progress=False)
     assert {step.name: step.units_after for step in report.steps} == plan

@@ -31,7 +31,7 @@ from greedy_helpers import (
     uniform_plan,
     zero_units,
 )
-from greedy_helpers.allocation import adaptive_plan, check_plan, redundancy_plan, removed_parameters, unit_parameters
+from greedy_helpers.allocation import adaptive_plan, check_plan, removed_parameters, unit_parameters
 from greedy_helpers.criteria import second_moment_identity, value_rows
 from greedy_helpers.greedy import eliminate
 from greedy_helpers.similarity import divergences_of, redundant_first, redundant_heads
@@ -364,13 +364,6 @@ def test_a_round_costs_what_its_query_heads_cost_together():
     assert first == {attention.name: 6, ffn.name: 80}
     beyond = cost_plan(modules, scores, 3 * per_head + 10 * unit_parameters(ffn))
     assert beyond == {attention.name: 6, ffn.name: 70}
-
-
-def test_redundancy_takes_whole_rounds():
-    modules = depth2_modules(tiny_model("llama", **NINE_OF_THREE))
-    first, second = (m.name for m in modules if m.kind == "attention")
-    plan = redundancy_plan(modules, {first: [0, 1, 4, 8], second: list(range(9))}, 2 * 10**4)
-    assert (plan[first], plan[second]) == (6, 3)
 
 
 def test_numbers_that_are_no_multiples_are_refused():

@@ -56,7 +56,7 @@ def test_the_board_shows_what_the_course_has_so_far_and_where_it_goes():
 
 
 def test_a_line_that_is_not_there_and_a_record_that_does_not_agree(monkeypatch):
-    with pytest.raises(ValueError, match="expected one of .*'random units'.*found .*'L3'"):
+    with pytest.raises(ValueError, match=r"expected one of .*'random units'.*found .*'L3'"):
         scoreboard.line_of("02", "L3")
     monkeypatch.setattr(scoreboard, "recorded", lambda *_: [{"code": 0.1, "prose": 0.1}])
     with pytest.raises(AssertionError, match="expected what was recorded"):

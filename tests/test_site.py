@@ -88,16 +88,12 @@ def test_pages_describe_pictures_where_myst_nb_looks_for_it(build):
     assert cell["metadata"] == {"mystnb": {"image": {"alt": "A line that falls."}}, "tags": []}
 
 
-def test_timings_add_up_the_exercises(build, tmp_path, monkeypatch):
-    first = "[![badge](b.svg)](x)\n\n# 01 · Structure\n\n| | |\n|---|---|\n| **Needs** | about 1 minute, 2 GB |\n"
-    tasks = "**1 · One** *(easy, 5 minutes)*. x\n\n**2 · Two** *(medium, 15 minutes, no checker)*. y"
-    cells = [nbformat.v4.new_markdown_cell(text) for text in (first, tasks)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_s.ipynb")
-    row = build.timings([tmp_path / "01_s.ipynb"]).splitlines()[-1]
-    assert row == "| [01 · Structure](notebooks/01_s.ipynb) | about 1 minute, 2 GB |  | 20 |"
-    monkeypatch.setattr(build, "RECORDED", tmp_path / "notebooks.json")
-    build.RECORDED.write_text('{"01_s": {"seconds": 41, "memory, GB": 1.1}}')
-    assert "| 41 s, 1.1 GB | 20 |" in build.timings([tmp_path / "01_s.ipynb"])
+def test_every_notebook_has_its_lecture_page(build):
+    assert [path.stem for path in build.lectures()] == [path.name[:2] for path in build.notebooks()]
+    for path in build.lectures():
+        text = path.read_text(encoding="utf-8")
+        assert re.match(rf"# {path.stem} · ", text)
+        assert len(text.split()) <= 400, "one printed page"
 
 
 @pytest.mark.parametrize("page", ["errata", "instructors"])
