@@ -105,7 +105,7 @@ def missing(notebook) -> list[str]:
         found.append("a prediction before and a question with a folded answer after a result")
     tasks = 0
     for place, cell in enumerate(cells):
-        pieces = re.split(r"(?=\*\*\d+ · )", cell.source)[1:] if cell.cell_type == "markdown" else []
+        pieces = re.split(r"(?=\*\*\d+ · [^*?]+\*\*)", cell.source)[1:] if cell.cell_type == "markdown" else []
         for piece in pieces:
             task, help_ = TASK.match(piece), HELP.findall(piece)
             if task is None:
