@@ -63,11 +63,6 @@ ANSWERS = {
         (lambda m, t: losses(m, t).mean(1).exp().mean().item(), "average the surprise"),
         (lambda m, t: nb.my_perplexity(m, t[:1]), "Every window has 4 targets"),
     ],
-    "check_share_repaired": [
-        (lambda d, c, r: (c - r) / (c - d), "in logarithms"),
-        (lambda d, c, r: 1 - nb.share_repaired(d, c, r), "Nothing is repaired"),
-        (lambda d, c, r: max(0.0, nb.share_repaired(d, c, r)), "do not hide it"),
-    ],
     "check_activity": [
         lambda m, s: nb.activity(m, s).float(),
         (lambda m, s: s.level2.mean_square.view(m.n_units, -1).sum(1), "side by side.*the index names"),

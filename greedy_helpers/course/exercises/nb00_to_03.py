@@ -51,18 +51,6 @@ def check_perplexity(my_perplexity: Callable[..., float]) -> str:
     return "correct: the right targets, one mean over all of them"
 
 
-def check_share_repaired(share_repaired: Callable[..., float]) -> str:
-    """Notebook 00: `share_repaired(dense, cut, repaired)` -> share of the excess log-perplexity that is gone."""
-    for arguments, right, hint in [
-        ((10.0, 20.0, 20.0), 0.0, "Nothing is repaired"),
-        ((10.0, 20.0, 10.0), 1.0, "All is repaired"),
-        ((10.0, 40.0, 20.0), 0.5, "From 4 times to 2 times the dense perplexity: half of it, in logarithms"),
-        ((10.0, 20.0, 40.0), -1.0, "A repair that harms has a negative share; do not hide it"),
-    ]:
-        ask(f"share_repaired{arguments}", share_repaired, *arguments).must_be(right, hint)
-    return "correct: in logarithms, with its sign"
-
-
 def check_activity(activity: Callable[..., Tensor]) -> str:
     """Notebook 00: `activity(module, seen)` -> [units], the mean square of a unit's channels, added up."""
     mean_square = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], dtype=torch.float64)
