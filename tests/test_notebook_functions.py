@@ -92,7 +92,7 @@ def test_greedy_elimination():
 
 @pytest.mark.parametrize("digits", [1, 12])
 def test_second_moment_of_a_plain_module(digits):
-    functions = taken_from("04_second_moment", "second_moment_by_hand", "second_moment_at_once", "second_moment_scores")
+    functions = taken_from("04_second_moment", "second_moment_by_hand", "second_moment_at_once")
     model = tiny.tiny_model("gpt2")
     ffn = gh.depth2_modules(model, [0], kinds={"ffn"})[0]
     (level1,) = (group.linear for group in ffn.level1.values())

@@ -167,41 +167,6 @@ def check_unit_energy(unit_energy: Callable[..., Tensor]) -> str:
     return "correct: single channels and heads, in any order"
 
 
-def check_first_order(first_order: Callable[..., Tensor]) -> str:
-    """Notebook 02: `first_order(loss, A, B)` -> [n], sum over a channel's weights of |w dL/dw| (element1)."""
-    for n, d, tokens in ((5, 3, 12), (3, 4, 1)):
-        x, a, b = draw(0, (tokens, d), (n, d), (d, n))
-        target = torch.arange(tokens) % d
-
-        def loss(a: Tensor, b: Tensor, x: Tensor = x, target: Tensor = target) -> Tensor:
-            return F.cross_entropy(F.gelu(x @ a.T) @ b.T, target)
-
-        def first_order_without_traces(*given: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-            found = first_order(*given)
-            hint = "Differentiate copies: `A.detach().clone().requires_grad_()`"
-            expect(not (a.requires_grad or b.requires_grad), f"the caller's tensors now ask for gradients. {hint}")
-            return found
-
-        def slope(w: Tensor, place: int, others: list, loss: Callable = loss) -> Tensor:
-            """w dL/dw by central differences, no autograd."""
-            steps = 1e-5 * torch.eye(w.numel()).double().view(-1, *w.shape)
-            pairs = [[loss(*others[:place], w + sign * step, *others[place:]) for sign in (1, -1)] for step in steps]
-            return w * torch.tensor([(up - low) / 2e-5 for up, low in pairs]).view(w.shape)
-
-        parts = slope(a, 0, [b]), slope(b, 1, [a])
-        level1, level2 = parts[0].abs().sum(1), parts[1].abs().sum(0)
-        vector = parts[0].sum(1).abs() + parts[1].sum(0).abs()
-        ask(f"first_order of {n} channels", first_order_without_traces, loss, a, b).must_be(
-            level1 + level2,
-            (vector, "The absolute value comes before the sum (that is LLM-Pruner's 'vector', element1 is asked for)"),
-            (level2, "Level 1 is missing; a channel also owns row j of A"),
-            (level1, "Level 2 is missing; a channel also owns column j of B"),
-            rtol=1e-3,
-            atol=1e-7,
-        )
-    return "correct: the derivative of the loss, weight by weight"
-
-
 _PURPOSES = {
     "L2 magnitude": ("function", "its formula contains weights and nothing else"),
     "second moment": ("output", "Sigma = E[x x'] and B say how large a unit's part of the module's output is"),

@@ -21,28 +21,27 @@ def _toy(seed: int, d_out: int, channels: int, d: int) -> tuple[Tensor, Tensor, 
     return a, b, x, x.T @ x / len(x)
 
 
-def check_second_moment_scores(second_moment_scores: Callable[..., Tensor]) -> str:
-    """Notebook 04: `second_moment_scores(A, B, Sigma)` -> [channels], M_j = ||B_:,j||^2 a_j' Sigma a_j."""
-    a, b, x, sigma = _toy(0, 3, 5, 4)
-    pre = x @ a.T  # [n, channels]: the mean of its squares is a_j' Sigma a_j, exactly, as Sigma is this sample's
-    right = torch.stack([(pre[:, j, None] * b[:, j]).square().sum(1).mean() for j in range(5)])
-    columns = b.square().sum(0)
-    diagonal = columns * (a.square() @ sigma.diagonal())
-    ask("second_moment_scores", second_moment_scores, a, b, sigma).must_be(
-        right,
-        (right / columns.sqrt(), "The column's norm enters squared: ||B_:,j||^2 is the sum of its squares"),
-        (right / 2, "Twice too small: the factor 1/2 belongs to the ReLU, and changes no ranking"),
-        (columns * a.square().sum(1), "Sigma is missing: that is the score for Sigma = I"),
-        (diagonal, "Only the diagonal of Sigma is used; the covariances between inputs count as well"),
-        (right.sqrt(), "That is the square root"),
-    )
-    a, b, x, sigma = _toy(1, 4, 4, 4)  # all shapes equal: rows and columns are easily mixed up
-    right = (x @ a.T).square().mean(0) * b.square().sum(0)
-    hint = "Channel j is row j of A and *column* j of B"
-    ask("second_moment_scores of square A and B", second_moment_scores, a, b, sigma).must_be(right, hint)
-    silent = (torch.zeros_like(a), b, sigma)
-    ask("second_moment_scores of channels that never fire", second_moment_scores, *silent).must_be(torch.zeros(4))
-    return "correct: row j of A, column j of B, all of Sigma"
+def check_gated_scores(gated_scores: Callable[..., Tensor]) -> str:
+    """Notebook 04: `gated_scores(G, U, B, Sigma)` -> [channels], ||B_:,j||^2 u_j' Sigma u_j g_j' Sigma g_j."""
+    for seed, d_out, channels, d in ((0, 3, 5, 4), (1, 4, 4, 4)):  # all sizes equal: rows and columns look alike
+        u, b, x, sigma = _toy(seed, d_out, channels, d)
+        (g,) = draw(seed + 10, (channels, d))
+        up, gate = (x @ u.T).square().mean(0), (x @ g.T).square().mean(0)  # exact, as Sigma is this sample's
+        columns = torch.stack([b[:, j].square().sum() for j in range(channels)])
+        right = columns * up * gate
+        diagonal = columns * (u.square() @ sigma.diagonal()) * (g.square() @ sigma.diagonal())
+        what = f"gated_scores of {channels} channels in {d} dimensions"
+        ask(what, gated_scores, g, u, b, sigma).must_be(
+            right,
+            (columns * right, "That is the paper's product: ||B_:,j||^2 enters once here, not twice"),
+            (right / columns.sqrt(), "The column's norm enters squared: ||B_:,j||^2 is the sum of its squares"),
+            (columns * up, "The gate path is missing"),
+            (columns * gate, "The up path is missing"),
+            (columns * u.square().sum(1) * g.square().sum(1), "Sigma is missing: that is the score for Sigma = I"),
+            (diagonal, "Only the diagonal of Sigma is used; the covariances between inputs count as well"),
+            "Channel j is row j of G, row j of U and *column* j of B",
+        )
+    return "correct: two rows and a column, each once"
 
 
 def check_set_cost(set_cost: Callable[..., float]) -> str:
@@ -110,25 +109,6 @@ def check_standard_error(standard_error: Callable[[Tensor], tuple[float, float]]
     flat = parts("standard_error", standard_error(torch.full((5, 3), 2.0)), "mean, standard error")
     compare("standard error of constant values", flat[1], torch.zeros(()))
     return f"correct: {right:.3f}, where counting every token as independent would have claimed {naive:.3f}"
-
-
-def check_spearman(spearman: Callable[[Tensor, Tensor], float]) -> str:
-    """Notebook 04: `spearman(a, b)`, the rank correlation; equal values share their average rank."""
-    a, b = draw(5, (12,), (12,))
-    b = a + b
-    ranks = [torch.tensor([(t < value).sum().item() for value in t]).double() for t in (a, b)]
-    right = 1 - 6 * (ranks[0] - ranks[1]).square().sum() / (12 * (144 - 1))  # no ties: the textbook formula
-    pearson, orders = (torch.corrcoef(torch.stack(t))[0, 1] for t in ([a, b], [a.argsort() / 1, b.argsort() / 1]))
-    ask("spearman", spearman, a, b).must_be(
-        right,
-        (pearson, "That is the correlation of the values, not ranks"),
-        (orders, "argsort says who stands at each place, not which place each one has; sort twice"),
-    )
-    ask("spearman(a, exp(a)), the same order", spearman, a, a.exp()).must_be(torch.tensor(1.0))
-    tied = torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 3, 2, 4])
-    hint = "Equal values share the average of their ranks: 1, 2.5, 2.5, 4"
-    ask("spearman with ties", spearman, *tied).must_be(torch.tensor(4.5 / math.sqrt(4.5 * 5)), hint)
-    return "correct: ranks, ties included"
 
 
 def check_head_parameters(head_parameters: Callable[[int, int, int, bool], int]) -> str:
