@@ -14,7 +14,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 RECORDED = FOLDER.parent / "data" / "results" / "notebooks.json"  # by `make notebooks`
 # Our assumption on a reader: words of prose, and lines of code, in a minute.
-WORDS, LINES = 150, 15
+WORDS, LINES = 150, 20
 _TASK = re.compile(r"\*\*\d+ · [^*]+\*\* \*\((optional, )?[^)]*?(\d+) minutes")
 
 
@@ -50,14 +50,19 @@ def core_cells(notebook: dict) -> list[dict]:
 
 
 def minutes(notebook: dict, seconds: float = 0.0) -> dict[str, float]:
-    """`reading` of the sections that are not optional, `running` of the whole notebook, `exercises` not optional."""
-    cells = core_cells(notebook)
-    tasks = [task for cell in cells if cell["cell_type"] == "markdown" for task in _TASK.findall(text(cell))]
-    lines = sum(
-        text(cell).count("\n") + 1
-        for cell in cells
-        if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", [])
-    )
+    """`reading` of the sections that are not optional, `running` of the whole notebook, `exercises` not optional.
+
+    Reading ends where a task begins; the minutes that the task names begin.
+    """
+    cells, tasks, lines, at_work = [], [], 0, False
+    for cell in core_cells(notebook):
+        found = _TASK.findall(text(cell)) if cell["cell_type"] == "markdown" else []
+        tasks += found
+        at_work = bool(found) or (at_work and "## " not in text(cell))
+        if not at_work:
+            cells.append(cell)
+            if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", []):
+                lines += text(cell).count("\n") + 1
     return {
         "reading": words(cells) / WORDS + lines / LINES,
         "running": seconds / 60,
