@@ -190,7 +190,13 @@ def draw(notebook: str, live: Mapping[str, Mapping[str, float]] | None = None) -
             if values:
                 mean = statistics.mean(values)
                 look = {"va": "center", "color": color, "fontsize": 9}
-                ax.annotate(f"{mean:.2g}", (max(values), y), (7, 0), textcoords="offset points", **look)
+                ax.annotate(
+                    f"{mean:.2f}" if mean >= 0.1 else f"{mean:.3f}",
+                    (max(values), y),
+                    (7, 0),
+                    textcoords="offset points",
+                    **look,
+                )
         ax.set_xscale("log")
         ax.set_xlim(0.025, 6)
         ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
