@@ -173,7 +173,6 @@ _PURPOSES = {
     "Wanda-sp": ("output", "|weight| times the size of what arrives there: no loss anywhere, but activations"),
     "FLAP": ("output", "the variance of an activation times its column's energy: what the module's output would lose"),
     "LLM-Pruner": ("objective", "g is the gradient of the language-modelling loss"),
-    "Optimal Brain Damage": ("objective", "h is a second derivative of the loss"),
     "OSSCAR": (
         "output",
         "there is a Hessian in it, but of which function? H = X'X belongs to the squared error of one layer's output, "
