@@ -208,7 +208,7 @@ def test_minutes_are_of_the_core(parts):
     cells.insert(2, nbformat.v4.new_code_cell("\n".join("x" * 15)))
     notebook = nbformat.v4.new_notebook(cells=cells)
     assert parts.on_core_path(notebook)
-    assert parts.minutes(notebook, 90) == {"reading": pytest.approx(3.2, abs=0.2), "running": 1.5, "exercises": 5}
+    assert parts.minutes(notebook, 90) == {"reading": pytest.approx(2.75, abs=0.05), "running": 1.5, "exercises": 5}
     cells[0].source = cells[0].source.replace("Core", "Optional")
     assert not parts.on_core_path(notebook)
 
