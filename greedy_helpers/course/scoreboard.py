@@ -198,8 +198,8 @@ def draw(notebook: str, live: Mapping[str, Mapping[str, float]] | None = None) -
                     **look,
                 )
         ax.set_xscale("log")
-        ax.set_xlim(0.025, 6)
-        ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
+        ax.set_xlim(0.025, 25)
+        ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10"])
         ax.minorticks_off()
         ax.grid(axis="x", alpha=0.3)
         texts = ", ".join(f"{mark} {text}" for mark, text in zip("●■", dense, strict=True))
