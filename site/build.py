@@ -25,6 +25,7 @@ from badges import BRANCH, repository, without_badge  # noqa: E402 - scripts bes
 from parts import table  # noqa: E402
 
 BUILD = ROOT / "build" / "site"
+_EDITION = re.compile(r"\]\(exercises/\w+\.ipynb\)")  # the site hands editions out on a page of their own
 _FOLDED = {"setup": "hide-cell", "solution": "hide-input"}  # tag in the notebook -> tag that folds it on the page
 
 
@@ -63,7 +64,8 @@ def page_of(notebook: dict) -> dict:
         metadata["tags"] = [*(tags := metadata.get("tags", [])), *(_FOLDED[tag] for tag in tags if tag in _FOLDED)]
         if "alt" in metadata:
             metadata["mystnb"] = {"image": {"alt": metadata.pop("alt")}}
-    notebook["cells"][0]["source"] = without_badge("".join(notebook["cells"][0]["source"]))
+    head = without_badge("".join(notebook["cells"][0]["source"]))
+    notebook["cells"][0]["source"] = _EDITION.sub("](../exercises.md)", head)
     return notebook
 
 

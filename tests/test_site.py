@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,14 +67,14 @@ def test_pages_fold_set_up_and_solutions_and_leave_the_notebooks_alone(build):
         {
             "cell_type": "markdown",
             "metadata": {},
-            "source": [f"[![a]({svg})](https://c)\n", "\n", "# T"],
+            "source": [f"[![a]({svg})](https://c)\n", "\n", "# T\n", "[e](exercises/00_a.ipynb)"],
         },
         {"cell_type": "code", "metadata": {"tags": ["setup"]}},
         {"cell_type": "code", "metadata": {"tags": ["solution"], "jupyter": {"source_hidden": True}}},
         {"cell_type": "markdown", "metadata": {}},
     ]
     page = build.page_of({"cells": cells})
-    assert page["cells"][0]["source"] == "# T"
+    assert page["cells"][0]["source"] == "# T\n[e](../exercises.md)"
     assert [cell["metadata"]["tags"] for cell in page["cells"]] == [
         [],
         ["setup", "hide-cell"],
@@ -86,6 +87,20 @@ def test_pages_describe_pictures_where_myst_nb_looks_for_it(build):
     cells = [{"cell_type": "code", "metadata": {"alt": "A line that falls."}, "source": "1"}]
     (cell,) = build.page_of({"cells": cells})["cells"]
     assert cell["metadata"] == {"mystnb": {"image": {"alt": "A line that falls."}}, "tags": []}
+
+
+def test_the_reference_is_built_without_the_libraries_that_the_package_imports():
+    """All of them, sorted; one that is missing in the list fails the build."""
+    found = set()
+    for path in (ROOT / "greedy_helpers").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.split(".")[0])
+    found -= set(sys.stdlib_module_names) | {"greedy_helpers"}
+    config = yaml.safe_load((SITE / "_config.yml").read_text())
+    assert config["sphinx"]["config"]["autodoc_mock_imports"] == sorted(found)
 
 
 def test_every_notebook_has_its_lecture_page(build):
