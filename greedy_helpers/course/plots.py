@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
-_HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 
 
 def use_course_style() -> None:
@@ -31,36 +30,6 @@ def use_course_style() -> None:
             "axes.prop_cycle": plt.cycler(color=PALETTE),
         }
     )
-
-
-def perplexity_bars(
-    ax: Axes, values: Mapping[str, Mapping[str, float]], baseline: Mapping[str, float] | None = None
-) -> Axes:
-    """Grouped bars: `values` maps a variant to {domain: perplexity}; dashed lines mark `baseline` per domain."""
-    domains = list(next(iter(values.values())))
-    width = 0.8 / len(domains)
-    for d, domain in enumerate(domains):
-        places = [v + (d - (len(domains) - 1) / 2) * width for v in range(len(values))]
-        heights = [by_domain[domain] for by_domain in values.values()]
-        look = {"color": PALETTE[d], "hatch": _HATCHES[d], "edgecolor": "white"}
-        bars = ax.bar(places, heights, width * 0.92, label=domain, **look)
-        ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
-        if baseline:
-            ax.axhline(baseline[domain], color=PALETTE[d], linestyle="--", linewidth=1)
-            ax.annotate(
-                f"{domain}, dense {baseline[domain]:.1f}",
-                (1.0, baseline[domain]),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-    ax.set_xticks(range(len(values)), [name.replace(" + ", "\n+ ") for name in values])
-    ax.set_ylabel("perplexity (lower is better)")
-    ax.margins(y=0.1)  # room for the numbers on top
-    ax.legend(title="held-out text", frameon=False, loc="upper right")
-    return ax
 
 
 def error_by_module(ax: Axes, errors: Mapping[str, Sequence[float]], names: Sequence[str]) -> Axes:

@@ -182,21 +182,17 @@ def draw(notebook: str, live: Mapping[str, Mapping[str, float]] | None = None) -
     for ax, (model, rows) in zip(axes, runs.items(), strict=True):
         dense = _recorded(model)["dense"]
         for y, (found, is_new) in enumerate(zip(rows, new, strict=True)):
+            if not found:
+                continue
             color = PALETTE[4] if is_new else "0.45"
-            values = [statistics.mean(run[text] for run in found) for text in dense] if found else []
-            ax.plot([min(values), max(values)] if values else [], [y, y] if values else [], color=color, linewidth=1)
-            for mark, value in zip("os", values, strict=False):
+            values = [statistics.mean(run[text] for run in found) for text in dense]
+            ax.plot([min(values), max(values)], [y, y], color=color, linewidth=1)
+            for mark, value in zip("os", values, strict=True):
                 ax.plot(value, y, mark, color=color, markersize=6)
-            if values:
-                mean = statistics.mean(values)
-                look = {"va": "center", "color": color, "fontsize": 9}
-                ax.annotate(
-                    f"{mean:.2f}" if mean >= 0.1 else f"{mean:.3f}",
-                    (max(values), y),
-                    (7, 0),
-                    textcoords="offset points",
-                    **look,
-                )
+            mean = statistics.mean(values)
+            shown = f"{mean:.2f}" if mean >= 0.1 else f"{mean:.3f}"
+            look = {"va": "center", "color": color, "fontsize": 9}
+            ax.annotate(shown, (max(values), y), (7, 0), textcoords="offset points", **look)
         ax.set_xscale("log")
         ax.set_xlim(0.025, 25)
         ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10"])

@@ -139,7 +139,8 @@ def is_linear(name: str, layer: nn.Linear, d_in: int, d_out: int) -> None:
     if layer.bias is not None:
         hint = "The channels that go take their biases along; the last layer's bias belongs to its outputs and stays"
         compare(f"{name}.bias, its length", len(layer.bias), d_out, hint)
-    compare(f"{name}, its in_features and out_features", [layer.in_features, layer.out_features], [d_in, d_out])
+    hint = "A new nn.Linear has them by itself; if you replace the weight, set them too"
+    compare(f"{name}, its in_features and out_features", [layer.in_features, layer.out_features], [d_in, d_out], hint)
 
 
 def draw(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .common import NotYet, ask, call, compare, draw, expect, parts, ridge
+from .common import NotYet, ask, call, compare, draw, expect, is_linear, parts, ridge
 
 _Units = dict[str, dict[str, Tensor]]
 _LEVEL2 = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
@@ -226,14 +226,8 @@ def _check_layers(
             (size[level2] == n_keep, "`own` has the channels of every unit: keep all of a unit's channels"),
         ):
             expect(size == goal or not wrong, f"{what}: {path}.weight: expected {goal}, found {size}. {hint}")
-        compare(f"{what}: {path}.weight, its shape", size, goal)
         expect((found.bias is None) == (wanted.bias is None), f"{what}: {path}: expected the bias as it was before")
-        if wanted.bias is not None:
-            hint = "The rows that go take their biases along; level 2's bias belongs to the stream and stays whole"
-            compare(f"{what}: {path}.bias, its length", len(found.bias), len(wanted.bias), hint)
-        sizes = [found.in_features, found.out_features]
-        hint = "A new nn.Linear has them by itself; if you replace the weight, set them too"
-        compare(f"{what}: {path}, its in_features and out_features", sizes, goal[::-1], hint)
+        is_linear(f"{what}: {path}", found, *goal[::-1])
 
 
 def check_ridge_refit(ridge_refit: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> str:
