@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib.image
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -28,12 +27,6 @@ def on_a_line(*places):
 def chain():
     """Heads 0, 1, 2 in a row, each near the next, and one far away: Algorithm 2 marks 0 and 1, which orphans 0."""
     return widgets.tau_explorer(on_a_line(0.0, 0.1, 0.2, 0.9), [0.05, 0.15, 0.25], start=0.05)
-
-
-@pytest.fixture
-def recorded():
-    table = pd.DataFrame({"a": [30.0, 12.0], "b": [25.0, np.nan], "c": [40.0, 11.0]}, index=[0.5, 0.25])
-    return widgets.ratio_explorer(table, 10.0, start=0.3)
 
 
 @pytest.fixture
@@ -69,14 +62,6 @@ def test_tau_explorer_counts_marked_heads_and_orphans(chain):
     assert second.startswith("tau = 1.5 nats: 2 of 24 heads go")
 
 
-def test_ratio_explorer_reads_the_table_and_skips_what_was_not_measured(recorded):
-    assert recorded.start == 0, "the nearest to 0.3"
-    assert sentences(recorded) == [
-        "25% removed: perplexity 11.0 with c, 12.0 with a; dense 10.0",
-        "50% removed: perplexity 25.0 with b, 40.0 with c; dense 10.0",
-    ]
-
-
 def test_ridge_explorer_gives_the_errors_of_a_stacked_least_squares_problem(refitted):
     x, new, target, weight = refitted.given
     for damp, sentence in zip([1e-3, 1.0], sentences(refitted), strict=True):
@@ -89,7 +74,7 @@ def test_ridge_explorer_gives_the_errors_of_a_stacked_least_squares_problem(refi
         assert sentence.endswith(f"more than half in {decided} of 6 directions")
 
 
-@pytest.mark.parametrize("name", ["chain", "recorded", "refitted"])
+@pytest.mark.parametrize("name", ["chain", "refitted"])
 def test_moving_the_slider_changes_picture_and_sentence(name, request):
     explorer = request.getfixturevalue(name)
     slider, image, label = explorer.widget.children
@@ -133,11 +118,6 @@ def test_without_ipywidgets_the_picture_is_left(chain, monkeypatch):
         (lambda: widgets.tau_explorer(torch.zeros(2, 3)), r"\[heads, heads\], found \[2, 3\]"),
         (lambda: widgets.tau_explorer(torch.zeros(2, 2), [-1.0]), "tau >= 0"),
         (lambda: widgets.tau_explorer(torch.zeros(2, 2), []), "at least one value"),
-        (lambda: widgets.ratio_explorer(pd.DataFrame()), "different ratios"),
-        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [1.0]}, index=[25])), r"in \(0, 1\) as rows, found \[25\]"),
-        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [1.0, 2.0]}, index=[0.2, 0.2])), "different ratios"),
-        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [0.0]}, index=[0.2])), "positive perplexities"),
-        (lambda: widgets.ratio_explorer(pd.DataFrame({"a": [np.nan]}, index=[0.2])), "at least one per ratio"),
         (lambda: widgets.ridge_explorer(Moments(), {}, torch.zeros(2, 2), [0.0]), "damps > 0"),
         (lambda: widgets.ridge_explorer(Moments("mine"), {}, torch.zeros(2, 2)), "found no targets in 'mine'"),
     ],

@@ -17,7 +17,6 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +29,6 @@ from .graphs import similarity_graph
 from .plots import PALETTE
 
 _MARKERS = "osD^vPX*"
-_TICKS = [digit * 10**power for power in range(6) for digit in (1, 1.5, 2, 3, 5, 7)]  # for perplexities
 
 
 class Explorer:
@@ -146,56 +144,6 @@ def tau_explorer(
         return f"tau = {taus[i]:g} nats: {counts[i]} of {n_heads} heads go, {orphans}"
 
     return Explorer(draw, taus, start, "tau in nats", "{:.2f}")
-
-
-def ratio_explorer(table: pd.DataFrame, dense: float | None = None, *, start: float = 0.25) -> Explorer:
-    """Recorded perplexities of several recipes, as the share of removed units moves (notebooks 05 and 09).
-
-    The slider stops at recorded ratios only: nothing is interpolated.
-
-    Args:
-        table: perplexity, a row per ratio (index in (0, 1)), a column per recipe; NaN where nothing was measured.
-        dense: perplexity of the dense model on the same text, drawn as a dashed line.
-
-    Raises:
-        ValueError: an empty table, ratios outside (0, 1) or twice, or perplexities that are not positive.
-    """
-    table = table.sort_index().astype(float)
-    ratios, values = table.index.to_numpy(dtype=float), table.to_numpy()
-    if not table.size or not table.index.is_unique or not ((ratios > 0) & (ratios < 1)).all():
-        raise ValueError(f"ratio_explorer: expected different ratios in (0, 1) as rows, found {table.index.tolist()}")
-    if not (np.isnan(values) | (values > 0)).all() or np.isnan(values).all(axis=1).any():
-        raise ValueError("ratio_explorer: expected positive perplexities, at least one per ratio")
-    colors = (*PALETTE[:6], PALETTE[7], PALETTE[6])  # yellow lines are hard to see: last
-    looks = {name: {"color": colors[v % 8], "marker": _MARKERS[v % 8]} for v, name in enumerate(table)}
-
-    def draw(figure: Figure, i: int) -> str:
-        left, right = figure.add_axes((0.07, 0.15, 0.36, 0.74)), figure.add_axes((0.66, 0.15, 0.31, 0.74))
-        for name, look in looks.items():
-            left.plot(100 * table[name].dropna().index, table[name].dropna(), **look)
-        left.axvline(100 * ratios[i], color="black", linewidth=6, alpha=0.15)
-        left.set(xlabel="units removed (%)", ylabel="perplexity", yscale="log", xticks=100 * ratios)
-        now = table.iloc[i].dropna().sort_values(ascending=False)
-        right.bar_label(right.barh(now.index, now, color=[looks[name]["color"] for name in now.index]), fmt=" %.1f")
-        sign = {"color": "white", "markeredgecolor": "black", "transform": right.get_yaxis_transform()}
-        for place, name in enumerate(now.index):  # the line's marker, so that colour is not the only link
-            right.plot(0.05, place, marker=looks[name]["marker"], **sign)
-        label = "perplexity, lower is better" + " (dashed: dense)" * (dense is not None)
-        right.set(xlabel=label, xscale="log", title=f"{ratios[i]:.0%} removed")
-        right.tick_params("y", labelsize=9)
-        right.set_xlim(min(now.min(), dense or math.inf) / 1.3, now.max() * 1.6)
-        for line in (left.axhline, right.axvline) if dense is not None else ():
-            line(dense, color="black", linestyle="--", linewidth=1)
-        for axis in (left.yaxis, right.xaxis):
-            low, high = axis.get_view_interval()
-            axis.set_ticks([tick for tick in _TICKS if low <= tick <= high])
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
-        sentence = f"{ratios[i]:.0%} removed: perplexity {now.min():.1f} with {now.index[-1]}"
-        sentence += f", {now.max():.1f} with {now.index[0]}" * (len(now) > 1)
-        return sentence + ("" if dense is None else f"; dense {dense:.1f}")
-
-    return Explorer(draw, ratios.tolist(), start, "share removed", "{:.0%}")
 
 
 def ridge_explorer(
