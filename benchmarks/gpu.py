@@ -48,7 +48,7 @@ SHAPES = {
     },
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 128},
 }  # fmt: skip
-RUNS = {"paper": gh.PAPER, "exact greedy, both, residual": gh.Recipe()}
+RUNS = {"paper": gh.PAPER, "exact greedy, both, residual": gh.Recipe("exact greedy", "both, residual")}
 
 
 def build(shape: str, layers: int, device: torch.device, home: torch.device) -> LlamaForCausalLM:

@@ -42,21 +42,19 @@ def test_the_default_is_the_recommended_recipe():
     plain = prune(models[0], calibration(), 0.5, progress=False)
     named = prune(models[1], calibration(), 0.5, RECOMMENDED, progress=False)
     parts = {"damp": "held out", "allocation": "loss prices"}
-    spelled = quiet(
-        models[2], calibration(), 0.5, criterion="exact greedy, loss metric", remedy="post, residual", **parts
-    )
+    spelled = quiet(models[2], calibration(), 0.5, criterion="exact greedy, loss metric", remedy="post, local", **parts)
     for model, report in zip(models[1:], (named, spelled), strict=True):
         assert_same_report(report, plain)
         assert_same_model(model, models[0])
     assert (plain.criterion, plain.remedy, plain.damp, plain.allocation) == (
-        "exact greedy, loss metric", "post, residual", "held out", "loss prices",
+        "exact greedy, loss metric", "post, local", "held out", "loss prices",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("recipe", "name", "criterion", "remedy", "target"),
     [
-        (RECOMMENDED, "exact greedy, loss metric, loss prices + post, residual", exact_greedy, ("after",), "residual"),
+        (RECOMMENDED, "exact greedy, loss metric, loss prices + post, local", exact_greedy, ("after",), "local"),
         (PAPER, "second moment + pre", second_moment, ("before",), "dense"),
         (FLAP, "FLAP WIFV, adaptive + bias", flap, ("after",), "dense"),
         (OSSCAR, "exact greedy + post, local", exact_greedy, ("after",), "local"),

@@ -65,8 +65,9 @@ def test_reports_repeat_the_recipe(recipe):
 
 
 def test_recipes_in_words():
-    assert str(RECOMMENDED) == "exact greedy, loss metric, loss prices + post, residual"
-    assert str(Recipe()) == "exact greedy + both, residual"
+    assert str(RECOMMENDED) == "exact greedy, loss metric, loss prices + post, local"
+    assert Recipe() == OSSCAR
+    assert str(OSSCAR) == "exact greedy + post, local"
     assert str(FLAP) == "FLAP WIFV, adaptive + bias"
     assert str(Recipe(second_moment, "none")) == "second moment"
     assert str(Recipe(second_moment, "none", allocation="floor")) == "second moment"  # equal shares by either rule

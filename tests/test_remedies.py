@@ -76,7 +76,7 @@ def test_every_target_equals_the_slow_one(name, remedy):
     ("name", "width"), [("llama-gqa", "intermediate_size"), ("gpt2", "n_inner"), ("phi", "intermediate_size")]
 )
 @pytest.mark.parametrize("damp", [1e-2, 0.3])
-@pytest.mark.parametrize("remedy", [RECOMMENDED.remedy, "both, residual"])
+@pytest.mark.parametrize("remedy", [RECOMMENDED.remedy, "post, residual", "both, residual"])
 def test_exact_greedy_with_its_refits_equals_brute_force(name, width, damp, remedy):
     model = tiny_model(name, **{width: 20})
     slow = copy.deepcopy(model)
