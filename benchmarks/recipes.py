@@ -214,11 +214,12 @@ def main() -> None:
         if name == "random units":
             recipe = replace(recipe, criterion=functools.partial(gh.random_scores, seed=seed))
         twice = name == "recommended, twice"
-        if recipe and not twice and "loss" in recipe.names["criterion"] + recipe.names["allocation"]:
+        shared = None if twice else recipe  # what may use metric and prices of the dense model
+        if shared and "loss" in shared.names["criterion"] + shared.names["allocation"]:
             metric, spent["cpu_seconds of the metric"] = metric_of(*sample)
             if recipe.criterion == "exact greedy, loss metric":
                 recipe = replace(recipe, criterion=functools.partial(gh.exact_greedy, metric=metric))
-        if recipe and not twice and recipe.allocation == "loss prices":
+        if shared and shared.allocation == "loss prices":
             prices, spent["cpu_seconds of the prices"] = prices_of(*sample, unit)
             budget = {"plan": gh.cost_plan(modules, prices, asked_parameters(modules, ratio))}
         elif name in TEMPERATURES | SLOPES | {"blocks dropped": None}:
