@@ -7,29 +7,48 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A place to write to in a folder of its own beside `path`; the folder goes with all that is left in it.
+
+    Writers keep files of their own under way: safetensors fills `.tmpXXXXXX` beside the file that it was asked for.
+    """
+    private = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield private / path.name
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def remove_partial(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes have left of `name` in `folder`; no other process may be writing there."""
+    for left_over in folder.glob(f".{name}.*.partial"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`: all or nothing.
 
     The content is forced to the disk before the rename, and the new name after it. An error leaves the old file and
-    nothing else; a killed process may leave `.NAME.PID.partial` beside it.
+    nothing else; a killed process may leave a folder `.NAME.XXXXXXXX.partial` beside it.
 
     Raises:
         What `write` raises; OSError: the file cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with _beside(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        os.chmod(partial, mode)  # safetensors makes a file that its owner alone can read
         _force_to_disk(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     _force_to_disk(path.parent)
 
 
@@ -55,28 +74,28 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object], overwrit
         raise FileExistsError(f"expected a folder, or nothing, at {folder}, found a file")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty; pass overwrite=True to replace it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    except OSError as error:
-        raise OSError(f"cannot write to {folder.parent}: {error}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(_beside(folder))
+            partial.mkdir()
+        except OSError as error:
+            raise OSError(f"cannot write to {folder.parent}: {error}") from error
+        mode = partial.stat().st_mode & 0o666
         write(partial)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                os.chmod(file, mode)  # as in replace_file
         if folder.is_dir():
-            replaced = partial.with_suffix(".replaced")  # nothing is there: Windows renames onto no folder
+            replaced = partial.with_name(f"{folder.name}.replaced")  # nothing is there: Windows renames onto no folder
             os.replace(folder, replaced)
             try:
                 os.replace(partial, folder)
             except BaseException:
                 os.replace(replaced, folder)
                 raise
-            shutil.rmtree(replaced, ignore_errors=True)  # the new folder is in its place: no failure any more
         else:
             os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    os.chmod(folder, 0o755)  # mkdtemp made it private
     return folder
 
 

@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .files import replace_folder, sha256_of
+from .files import remove_partial, replace_folder, sha256_of
 from .large.on_disk import check_keys
 
 
@@ -87,8 +86,7 @@ def place_of(name: str) -> str:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f".{name}.lock")):
                 if _made_from(folder) != asdict(wanted):  # another process may have been faster
-                    for left in folder.parent.glob(f".{name}.*.partial"):  # by one that was killed
-                        shutil.rmtree(left, ignore_errors=True)
+                    remove_partial(folder.parent, name)
                     replace_folder(folder, lambda partial: _convert(name, file, partial), overwrite=True)
         except (OSError, SafetensorError) as error:
             raise OSError(

@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from greedy_helpers.files import replace_file, rows_as_json, sha256_of
+from greedy_helpers.files import remove_partial, replace_file, replace_folder, rows_as_json, sha256_of
 
 
 @pytest.mark.parametrize("old", ["the old text", None])
@@ -22,9 +25,10 @@ def test_an_error_leaves_the_old_file_and_nothing_else(step, old, tmp_path, monk
         raise OSError("No space left on device")
 
     def write(partial):
-        assert partial.name.startswith(".")
-        assert partial.suffix == ".partial"
+        assert partial.parent.name.startswith(".")
+        assert partial.parent.suffix == ".partial"
         partial.write_text("half of the n")
+        partial.with_name(".tmpXXXXXX").write_text("a writer's own")
         if step == "write":
             fails()
 
@@ -58,12 +62,52 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     script = (
-        "import os, signal, sys; from greedy_helpers.files import replace_file\n"
+        "import os, signal, sys; from greedy_helpers.files import remove_partial, replace_file\n"
         "def write(partial): partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
         "replace_file(sys.argv[1], write)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, path], check=False).returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_partial(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_keeps_beside_its_file_goes_too(tmp_path):
+    """safetensors 0.8 fills `.tmpXXXXXX` and renames it: no name of ours would find it again."""
+    script = (
+        "import os, signal, sys; from greedy_helpers.files import remove_partial, replace_file\n"
+        "def write(partial):\n"
+        "    partial.with_name('.tmpXXXXXX').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "replace_file(sys.argv[1], write)\n"
+    )
+    path = tmp_path / "block.safetensors"
+    assert subprocess.run([sys.executable, "-c", script, path], check=False).returncode == -signal.SIGKILL
+    remove_partial(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_the_users(umask, tmp_path):
+    """Whatever a writer gives its files: safetensors 0.8 lets their owner alone read them."""
+
+    def write(file):
+        save_file({"weight": torch.zeros(2)}, file)
+        file.chmod(0o600)  # whatever the version does
+
+    def write_folder(folder):
+        (folder / "below").mkdir()
+        write(folder / "below" / "file")
+
+    old = os.umask(umask)
+    try:
+        replace_file(tmp_path / "file", write)
+        replace_folder(tmp_path / "folder", write_folder)
+    finally:
+        os.umask(old)
+    modes = {str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {name: (0o666 if name.endswith("file") else 0o777) & ~umask for name in modes}
+    assert len(modes) == 4
 
 
 @pytest.mark.parametrize("head", [{}, {"settings": {"seq": 64, "texts": []}, "name": "x"}])

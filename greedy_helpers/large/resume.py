@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..files import replace_file, sha256_of
+from ..files import remove_partial, replace_file, sha256_of
 from ..report import PruneStep
 from ..stream import Streams
 from ..structure import blocks_of, blocks_path, depth2_modules
@@ -108,8 +108,7 @@ class WorkFolder:
             raise FileExistsError(f"work_dir: expected a folder, or nothing, at {self.folder}, found a file")
         if distributed.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob(".*.partial"):
-                left_over.unlink()
+            remove_partial(self.folder)
             if not self._settings.exists():
                 _write_json(self._settings, settings)
         self.finished = distributed.from_first(self._count_finished())
