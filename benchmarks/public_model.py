@@ -1,7 +1,8 @@
-"""A public model before it is pruned: perplexity and zero-shot accuracy on the data of the pruning literature.
+"""A public model, dense or pruned: perplexity and zero-shot accuracy on the data of the pruning literature.
 
     python benchmarks/public_model.py --model FOLDER --data FOLDER --weights FILE.gguf
     python benchmarks/public_model.py --model FOLDER --data FOLDER --part "c4 512" boolq --limit 500
+    python benchmarks/public_model.py --model PRUNED --data FOLDER --part piqa boolq --out data/results/NAME.json
 
 Adds the rows that are missing to data/results/smollm2_dense.json, one by one: run it again to go on, without --limit to
 replace the rows of tasks that had one. Files are recorded by their sha256. `--data` is a folder with the data sets'
@@ -73,6 +74,9 @@ PUBLISHED = {
 }
 
 
+PRUNED = ("criterion", "remedy", "allocation", "damp", "tokens", "parameters", "removed")  # recorded of a report
+
+
 def tensors_sha256(model: PreTrainedModel) -> str:
     """Of the weights in memory, in the order of their names: the same however the model was stored."""
     digest = hashlib.sha256()
@@ -137,7 +141,12 @@ def main() -> None:
 
     found = load()
     files = [*args.weights, *(sorted(Path(args.model).glob("*.safetensors")) if Path(args.model).is_dir() else [])]
-    found["published, full precision"] = PUBLISHED
+    about = Path(args.model) / "pruned.json"
+    if about.exists():
+        report = json.loads(about.read_text())["report"] or {}
+        found["pruned"] = {key: report[key] for key in PRUNED if key in report}
+    else:
+        found["published, full precision"] = PUBLISHED
     found["weights"] |= {path.name: sha256_of(path) for path in files}
     save(found, args.out)
     for part in args.part:

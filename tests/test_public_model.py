@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_task_files import PUBLISHED, publish
 
-from greedy_helpers import evaluate_text, load_model
+from greedy_helpers import OSSCAR, calibration_tokens, evaluate_text, load_model, prune, save_pruned
 from greedy_helpers.evaluate import read_text
 
 
@@ -53,3 +53,18 @@ def test_rows_are_added_and_replaced(script, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         run("--part", "text 32")
     assert json.loads(out.read_text())["rows"] == again
+
+
+def test_a_pruned_model_says_how_it_was_pruned(script, monkeypatch, tmp_path):
+    publish(tmp_path, PUBLISHED["piqa"])
+    model, tokenizer = load_model("llama-mini")
+    report = prune(model, calibration_tokens(tokenizer, 8, 32), 0.25, OSSCAR, blocks=[1], progress=False)
+    folder, out = save_pruned(model, tmp_path / "model", tokenizer, report=report), tmp_path / "found.json"
+    asked = ["--model", str(folder), "--data", str(tmp_path), "--part", "piqa", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["public_model.py", *asked])
+    script.main()
+    found = json.loads(out.read_text())
+    assert [row["part"] for row in found["rows"]] == ["piqa"]
+    assert "published, full precision" not in found
+    assert (found["pruned"]["criterion"], found["pruned"]["tokens"]) == ("exact greedy", 256)
+    assert found["pruned"]["removed"] == report.removed

@@ -42,6 +42,27 @@ def test_every_line_has_three_recorded_runs_and_its_own_recipe(line):
     assert names[0] == line.recipe.names
 
 
+@pytest.mark.parametrize("model", ["llama-mini", "smollm2"])
+def test_the_frame_has_what_the_lines_have(model):
+    """`runs_of` and `recorded` read the same file on ways of their own."""
+    table = scoreboard.runs_of(model)
+    found = scoreboard._recorded(model)
+    assert len(table) == len(found["rows"]) * len(found["dense"])
+    usual = table[table["usual"] & table["ratio"].eq(scoreboard.RATIO)]
+    compared = 0
+    for line in scoreboard.LINES:
+        expected = scoreboard.recorded(model, line)
+        if line.calibration == "code+prose" and expected:
+            of_line = usual[usual["recipe"] == line.name].pivot_table("excess", "seed", "text", sort=False)
+            assert of_line.to_dict("records") == [pytest.approx(run) for run in expected]
+            compared += 1
+    assert compared >= 5
+    other = table[~table["usual"]]
+    assert len(other), "KV heads, other text"
+    assert not (other["unit"].eq("query") & other["calibration"].isin(usual["calibration"])
+                & other["windows"].isin(usual["windows"])).any()  # fmt: skip
+
+
 def test_the_board_shows_what_the_course_has_so_far_and_where_it_goes():
     def shown(*args):
         return [label.get_text() for label in scoreboard.draw(*args).axes[0].get_yticklabels()]

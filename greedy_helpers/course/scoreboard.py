@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 
+import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -119,6 +121,21 @@ def recorded(model: str, line: Line) -> list[dict[str, float]]:
         if (row["recipe"], row["ratio"], row["unit"]) == (line.name, RATIO, "query")
         and (row["calibration"], row["windows"]) == which
     ]
+
+
+def runs_of(model: str) -> pd.DataFrame:
+    """All recorded runs on a model, one row per run and held-out text; `model` as for :func:`recorded`.
+
+    Columns: what was recorded of the run, `model`, `text`, `perplexity`, `excess` (nats per token above the dense
+    model) and `usual`: query heads, and the calibration text, in kind and amount, that most runs had.
+    """
+    found = _recorded(model)
+    table = pd.DataFrame(found["rows"]).rename(columns={"calibration tokens, sha256": "digest"})
+    text, amount = table[["calibration", "windows"]].value_counts().idxmax()
+    table["usual"] = table["unit"].eq("query") & table["calibration"].eq(text) & table["windows"].eq(amount)
+    by_text = [table.assign(text=text, perplexity=table[text]) for text in found["dense"]]
+    table = pd.concat(by_text, ignore_index=True).drop(columns=[*found["dense"]]).assign(model=model)
+    return table.assign(excess=np.log(table["perplexity"] / table["text"].map(found["dense"])))
 
 
 def line_of(notebook: str, name: str) -> Line:
