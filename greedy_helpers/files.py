@@ -87,13 +87,15 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object], overwrit
             if file.is_file():
                 os.chmod(file, mode)  # as in replace_file
         if folder.is_dir():
-            replaced = partial.with_name(f"{folder.name}.replaced")  # nothing is there: Windows renames onto no folder
+            # Nothing is there: Windows renames onto no folder. Not in the private folder, which goes whatever happens.
+            replaced = partial.parent.with_suffix(".replaced")
             os.replace(folder, replaced)
             try:
                 os.replace(partial, folder)
             except BaseException:
                 os.replace(replaced, folder)
                 raise
+            shutil.rmtree(replaced, ignore_errors=True)  # the new folder is in its place: no failure any more
         else:
             os.replace(partial, folder)
     return folder

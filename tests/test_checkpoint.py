@@ -164,6 +164,23 @@ def test_a_rename_that_fails_puts_the_old_checkpoint_back(tmp_path, tokenizer, m
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_renames_that_keep_failing_lose_nothing(tmp_path, tokenizer, monkeypatch):
+    folder = save_pruned(tiny_model("llama", torch.float32), tmp_path / "model", tokenizer)
+    before, replace, calls = {path.name: path.read_bytes() for path in folder.iterdir()}, os.replace, []
+
+    def only_the_first(source, target):
+        calls.append(source)
+        if len(calls) > 1:
+            raise OSError("Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(replace=only_the_first, chmod=os.chmod))
+    with pytest.raises(OSError, match="Input/output error"):
+        save_pruned(pruned_model("llama"), folder, tokenizer, overwrite=True)
+    (kept,) = tmp_path.iterdir()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
 def test_half_a_checkpoint_is_refused(lost, tmp_path, tokenizer):
     folder = save_pruned(pruned_model("llama"), tmp_path / "model", tokenizer)
